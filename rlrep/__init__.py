@@ -1,0 +1,1 @@
+"""Unsupervised pre-training for Stable-Baselines3."""

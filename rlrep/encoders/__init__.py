@@ -1,0 +1,1 @@
+"""Reusable encoders: raw observations in, features out."""

@@ -1,0 +1,202 @@
+"""Run folders: what was asked, how far it got, and atomic writing.
+
+A run folder holds `run.json` (the settings asked for, provenance, and whether it is finished), `metrics.jsonl` (a line a
+log step) and whatever its stage writes. The same command on an unfinished folder resumes it; on a finished one it is done
+already; other settings are an error, unless overwriting was asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlrep.types import RunError
+
+FORMAT_VERSION = 1
+RECORD = "run.json"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` on a temporary path beside `path`, flushes it to disk and renames it into place.
+
+    Works for a file or a folder; a reader sees the old one or the new one, never half of either.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    # The suffix stays last: some writers (SB3's, for one) append it where it is missing.
+    target = aside / path.name
+    try:
+        write(target)
+        for file in [target] if target.is_file() else [f for f in target.rglob("*") if f.is_file()]:
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        if target.is_dir() and path.is_dir():
+            path.rename(aside / "replaced")
+        target.replace(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON atomically."""
+    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda target: target.write_text(text))
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        RunError: The file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise RunError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    """Appends one line of JSON; a line is whole or it is dropped by `read_jsonl`."""
+    with path.open("a") as handle:
+        handle.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Reads the whole lines of a JSONL file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+
+
+def trim_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrites a JSONL file with the rows to keep, so that a resumed run does not log a step twice."""
+    rows = [row for row in read_jsonl(path) if keep(row)]
+    write_atomically(path, lambda target: target.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+
+
+def provenance(seed: int | None = None) -> dict[str, Any]:
+    """Returns where a result comes from: command, time, versions, machine, commit and seed."""
+    packages = ("rlrep", "torch", "numpy", "gymnasium", "stable-baselines3", "minigrid", "tensorstore")
+    commit = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def differences(asked: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lists the settings that differ, as `"lr is 0.001, asked for 0.0003"`."""
+    lines: list[str] = []
+    for key in sorted({*asked, *found}):
+        a, f = asked.get(key), found.get(key)
+        if isinstance(a, Mapping) and isinstance(f, Mapping):
+            lines += differences(a, f, f"{prefix}{key}.")
+        elif a != f:
+            lines.append(f"{prefix}{key} is {f!r}, asked for {a!r}")
+    return lines
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this process; the operating system lets go when the process dies, however it dies.
+
+    Raises:
+        RunError: Another process is writing there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"another process is writing to {folder}; wait for it, or choose another folder") from error
+        yield
+
+
+class RunFolder:
+    """One stage's folder, opened for writing.
+
+    Args:
+        path: The folder; made if missing.
+        stage: What writes here: `"pretrain"`.
+        settings: Everything that decides the result, as plain JSON values.
+        seed: Recorded in the provenance.
+        overwrite: Throw away what another run left here.
+
+    Raises:
+        RunError: The folder holds a run of another stage or with other settings, or files that are no run at all.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        stage: str,
+        settings: Mapping[str, Any],
+        seed: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.settings = json.loads(json.dumps(settings))
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; a folder is needed")
+        left = [p.name for p in self.path.iterdir() if p.name != ".lock"] if self.path.exists() else []
+        if left and RECORD not in left:
+            # A folder we did not write is never removed, whatever was asked.
+            raise RunError(f"{self.path} holds files that rlrep did not write ({sorted(left)[0]}, ...); choose another")
+        if left and overwrite:
+            shutil.rmtree(self.path)
+            left = []
+        self.resumed = bool(left)
+        if left:
+            self.record: dict[str, Any] = read_json(self.path / RECORD)
+            if self.record["stage"] != stage:
+                raise RunError(f"{self.path} holds a {self.record['stage']} run, not {stage}; choose another folder")
+            if changed := differences(self.settings, self.record["settings"]):
+                raise RunError(
+                    f"{self.path} holds a {stage} run with other settings: {'; '.join(changed)}. "
+                    "Choose another folder, or pass overwrite to start again."
+                )
+        else:
+            self.record = {
+                "format_version": FORMAT_VERSION,
+                "stage": stage,
+                "settings": self.settings,
+                "finished": False,
+                "provenance": provenance(seed),
+            }
+            write_json(self.path / RECORD, self.record)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended; running it again is a no-op."""
+        return bool(self.record["finished"])
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Appends one line to `metrics.jsonl`."""
+        append_jsonl(self.path / "metrics.jsonl", row)
+
+    def finish(self, **results: Any) -> None:
+        """Marks the run finished and records its results."""
+        self.record |= {"finished": True, "results": results}
+        write_json(self.path / RECORD, self.record)

@@ -1,0 +1,199 @@
+"""What kind of observation a space holds, spaces as JSON, and checks that two spaces are the same.
+
+Kinds: `picture` (uint8 pixels), `grid` (uint8 symbols of a small board, as MiniGrid's 7x7x3), `vector` (everything else
+that flattens to numbers, integers as one-hot) and `dict` (a plain dict of the others).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.spaces import Space
+from torch import Tensor, nn
+
+from rlrep.types import SpaceError, Tree
+
+Kind = Literal["picture", "grid", "vector", "dict"]
+
+SMALLEST_PICTURE = 28
+"""Pixels. A uint8 box with fewer rows and columns and channels in threes is a board of symbols, not a picture: MiniGrid's
+boards reach 25 cells, and a convolutional stack for pictures needs more than that."""
+
+SYMBOLS = 3
+"""Channels of one board: object, colour, state. A frame stack has a multiple."""
+
+
+def kind(space: Space) -> Kind:
+    """Returns what kind of observation `space` holds.
+
+    Raises:
+        SpaceError: A space rlrep cannot encode, such as `Tuple` or `Text`.
+    """
+    if isinstance(space, spaces.Dict):
+        return "dict"
+    if isinstance(space, spaces.Box):
+        if space.dtype == np.uint8 and len(space.shape) == 3:
+            height, width, channels = space.shape
+            small = max(height, width) < SMALLEST_PICTURE
+            return "grid" if small and channels % SYMBOLS == 0 else "picture"
+        return "vector"
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        return "vector"
+    raise SpaceError(
+        f"observation space {space} is not supported: use Box, Discrete, MultiDiscrete, MultiBinary or a Dict of them "
+        "(text, such as MiniGrid's mission, can be turned into tokens: rlrep.make_vec_env does so)"
+    )
+
+
+def channels_last(space: spaces.Box) -> bool:
+    """Returns whether a picture is (H, W, C); channels are the smallest axis, as Stable-Baselines3 decides it too."""
+    return int(np.argmin(space.shape)) != 0
+
+
+def picture_shape(space: Space) -> tuple[int, int, int]:
+    """Returns (C, H, W) of a picture or board, whichever way round the space has it."""
+    if not isinstance(space, spaces.Box) or len(space.shape) != 3:
+        raise SpaceError(f"a picture is a Box of three axes, not {space}")
+    if kind(space) == "grid" or channels_last(space):
+        height, width, channels = space.shape
+    else:
+        channels, height, width = space.shape
+    return channels, height, width
+
+
+def flat_dim(space: Space) -> int:
+    """Returns how many numbers `flatten` makes of one observation."""
+    if isinstance(space, spaces.Discrete):
+        return int(space.n)
+    if isinstance(space, spaces.MultiDiscrete):
+        return int(space.nvec.sum())
+    return int(np.prod(cast(tuple[int, ...], space.shape)))
+
+
+class Flatten(nn.Module):
+    """Turns raw observations of any vector space into (N, `flat_dim`) floats of a sane size.
+
+    Integers become one-hot; a bounded box is scaled to [-1, 1]; an unbounded one goes through symlog (arXiv:2301.04104),
+    which keeps small values and tames large ones without statistics that could differ between data and use.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, space: Space) -> None:
+        super().__init__()
+        self.space = space
+        if isinstance(space, spaces.Box):
+            # float32's own limits, as CartPole has them, mean unbounded too.
+            self._bounded = bool(np.all(np.isfinite(space.low) & np.isfinite(space.high) & (np.abs(space.high) < 1e6)))
+            low, high = space.low.astype(np.float32).ravel(), space.high.astype(np.float32).ravel()
+            self.register_buffer("low", torch.from_numpy(low), persistent=False)
+            self.register_buffer("high", torch.from_numpy(high), persistent=False)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """(N, *shape) raw -> (N, flat_dim) float."""
+        space = self.space
+        if isinstance(space, spaces.Discrete):
+            return nn.functional.one_hot(obs.long().reshape(len(obs)) - int(space.start), int(space.n)).float()
+        if isinstance(space, spaces.MultiDiscrete):
+            index = obs.long().reshape(len(obs), -1) - torch.as_tensor(space.start, device=obs.device).reshape(-1)
+            sizes = space.nvec.reshape(-1).tolist()
+            return torch.cat([nn.functional.one_hot(index[:, i], n) for i, n in enumerate(sizes)], dim=1).float()
+        x = obs.reshape(len(obs), -1).float()
+        if isinstance(space, spaces.MultiBinary):
+            return x
+        if self._bounded:
+            return 2 * (x - self.low) / (self.high - self.low).clamp(min=1e-8) - 1
+        return torch.sign(x) * torch.log1p(x.abs())
+
+
+def zeros(space: Space, leading: tuple[int, ...]) -> Tree:
+    """Returns an array (a dict of arrays for a Dict) of zeros with the space's dtype and `leading` axes in front."""
+    if isinstance(space, spaces.Dict):
+        return {key: zeros(sub, leading) for key, sub in space.spaces.items()}
+    return np.zeros((*leading, *cast(tuple[int, ...], space.shape)), dtype=space.dtype)
+
+
+def leaves(space: Space) -> dict[str, Space]:
+    """Returns the leaf spaces by path: `{"": space}`, or `{"image": ..., "nested/key": ...}` for a Dict."""
+    if not isinstance(space, spaces.Dict):
+        return {"": space}
+    return {
+        f"{key}/{path}".rstrip("/"): leaf for key, sub in space.spaces.items() for path, leaf in leaves(sub).items()
+    }
+
+
+def _bound(values: np.ndarray) -> Any:
+    """A bound as JSON: one number where all are equal; infinities as strings, since JSON has none."""
+    constant = values.size and np.all(values == values.flat[0])
+    return np.vectorize(str, otypes=[object])(values.flat[0] if constant else values).tolist()
+
+
+def to_json(space: Space) -> dict[str, Any]:
+    """Returns a space as plain JSON values; `from_json` reverses it exactly."""
+    if isinstance(space, spaces.Dict):
+        return {"type": "Dict", "spaces": {key: to_json(sub) for key, sub in space.spaces.items()}}
+    if isinstance(space, spaces.Box):
+        return {
+            "type": "Box",
+            "shape": list(space.shape),
+            "dtype": str(space.dtype),
+            "low": _bound(space.low),
+            "high": _bound(space.high),
+        }
+    if isinstance(space, spaces.Discrete):
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        return {"type": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
+    if isinstance(space, spaces.MultiBinary):
+        return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.n)}
+    raise SpaceError(f"space {space} is not supported: use Box, Discrete, MultiDiscrete, MultiBinary or a Dict of them")
+
+
+def from_json(data: dict[str, Any]) -> Space:
+    """Returns the space that `to_json` described."""
+    match data["type"]:
+        case "Dict":
+            return spaces.Dict({key: from_json(sub) for key, sub in data["spaces"].items()})
+        case "Box":
+            dtype, shape = np.dtype(data["dtype"]), tuple(data["shape"])
+            number = float if np.issubdtype(dtype, np.floating) else int
+            low, high = (
+                np.broadcast_to(np.vectorize(number, otypes=[dtype])(np.asarray(data[side], dtype=object)), shape)
+                for side in ("low", "high")
+            )
+            return spaces.Box(low, high, shape=shape, dtype=cast(Any, dtype.type))
+        case "Discrete":
+            return spaces.Discrete(data["n"], start=data["start"])
+        case "MultiDiscrete":
+            return spaces.MultiDiscrete(data["nvec"], start=data["start"])
+        case "MultiBinary":
+            return spaces.MultiBinary(data["n"])
+        case unknown:
+            raise SpaceError(f"unknown space type {unknown!r}; this file was written by a newer rlrep?")
+
+
+def check_same(seen: Space, expected: Space, what: str) -> None:
+    """Raises a helpful error unless the two spaces are equal.
+
+    Args:
+        seen: The space that was handed in.
+        expected: The space that is needed.
+        what: Sentence head for the message: `"this encoder was made for observations"`.
+
+    Raises:
+        SpaceError: The spaces differ.
+    """
+    if seen == expected:
+        return
+    hint = ""
+    pictures = isinstance(expected, spaces.Box) and expected.dtype == np.uint8
+    if isinstance(seen, spaces.Box) and pictures and seen.shape == expected.shape and seen.dtype != np.uint8:
+        hint = (
+            " The encoder scales raw observations itself: if this environment is wrapped in VecNormalize, "
+            "use VecNormalize(norm_obs=False)."
+        )
+    raise SpaceError(f"{what} {expected}, but got {seen}.{hint}")
