@@ -1,8 +1,8 @@
 """Run folders: what was asked, how far it got, and atomic writing.
 
-A run folder holds `run.json` (the settings asked for, provenance, and whether it is finished), `metrics.jsonl` (a line a
-log step) and whatever its stage writes. The same command on an unfinished folder resumes it; on a finished one it is done
-already; other settings are an error, unless overwriting was asked for.
+A run folder holds `run.json` (the settings asked for, provenance, and whether it is finished), `metrics.jsonl` (a
+line a log step) and whatever its stage writes. The same command on an unfinished folder resumes it; on a finished one
+it is done already; other settings are an error, unless overwriting was asked for.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": seed,
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
         "commit": commit,
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

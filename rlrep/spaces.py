@@ -1,7 +1,8 @@
 """What kind of observation a space holds, spaces as JSON, and checks that two spaces are the same.
 
-Kinds: `picture` (uint8 pixels), `grid` (uint8 symbols of a small board, as MiniGrid's 7x7x3), `vector` (everything else
-that flattens to numbers, integers as one-hot) and `dict` (a plain dict of the others).
+Kinds: `picture` (uint8 pixels), `grid` (uint8 symbols of a small board, as MiniGrid's 7x7x3), `tokens` (a row of
+integers from 0 to one bound: words), `vector` (everything else that flattens to numbers, integers as one-hot) and
+`dict` (a plain dict of the others).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 
 from rlrep.types import SpaceError, Tree
 
-Kind = Literal["picture", "grid", "vector", "dict"]
+Kind = Literal["picture", "grid", "tokens", "vector", "dict"]
 
 SMALLEST_PICTURE = 28
-"""Pixels. A uint8 box with fewer rows and columns and channels in threes is a board of symbols, not a picture: MiniGrid's
-boards reach 25 cells, and a convolutional stack for pictures needs more than that."""
+"""Pixels. A uint8 box with fewer rows and columns, and channels in threes, is a board of symbols, not a picture:
+MiniGrid's boards reach 25 cells, and a convolutional stack for pictures needs more than that."""
 
 SYMBOLS = 3
 """Channels of one board: object, colour, state. A frame stack has a multiple."""
@@ -39,6 +40,10 @@ def kind(space: Space) -> Kind:
             height, width, channels = space.shape
             small = max(height, width) < SMALLEST_PICTURE
             return "grid" if small and channels % SYMBOLS == 0 else "picture"
+        # Bytes are memory, as Atari's, not words.
+        words = np.issubdtype(space.dtype, np.integer) and space.dtype != np.uint8
+        if words and len(space.shape) == 1 and _bounded_by_one(space):
+            return "tokens"
         return "vector"
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         return "vector"
@@ -46,6 +51,15 @@ def kind(space: Space) -> Kind:
         f"observation space {space} is not supported: use Box, Discrete, MultiDiscrete, MultiBinary or a Dict of them "
         "(text, such as MiniGrid's mission, can be turned into tokens: rlrep.make_vec_env does so)"
     )
+
+
+def _bounded_by_one(space: spaces.Box) -> bool:
+    return bool(np.all(space.low == 0) and np.all(space.high == space.high[0]) and space.high[0] < 2**16)
+
+
+def vocabulary_size(space: Space) -> int:
+    """Returns how many tokens there are, padding included."""
+    return int(cast(spaces.Box, space).high[0]) + 1
 
 
 def channels_last(space: spaces.Box) -> bool:
@@ -76,8 +90,9 @@ def flat_dim(space: Space) -> int:
 class Flatten(nn.Module):
     """Turns raw observations of any vector space into (N, `flat_dim`) floats of a sane size.
 
-    Integers become one-hot; a bounded box is scaled to [-1, 1]; an unbounded one goes through symlog (arXiv:2301.04104),
-    which keeps small values and tames large ones without statistics that could differ between data and use.
+    Integers become one-hot; a bounded box is scaled to [-1, 1]; an unbounded one goes through symlog
+    (arXiv:2301.04104), which keeps small values and tames large ones without statistics that could differ between
+    data and use.
     """
 
     low: Tensor

@@ -88,7 +88,9 @@ class Batch:
                 raise ValueError(f"Batch.{name} has shape {shape}, but mask says (B, T) = {(b, t)}")
         for leaf in tree_leaves(self.obs):
             if tuple(leaf.shape[:2]) != (b, t + 1):
-                raise ValueError(f"Batch.obs has leading shape {tuple(leaf.shape[:2])}; it needs (B, T+1) = {(b, t + 1)}")
+                raise ValueError(
+                    f"Batch.obs has leading shape {tuple(leaf.shape[:2])}; it needs (B, T+1) = {(b, t + 1)}"
+                )
 
     @property
     def obs_mask(self) -> Tensor:
@@ -98,7 +100,9 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Returns this batch on `device`, with a fresh memo."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "memo"}
-        return Batch(**{name: tree_map(lambda leaf: leaf.to(device, non_blocking=True), v) for name, v in fields.items()})
+        return Batch(
+            **{name: tree_map(lambda leaf: leaf.to(device, non_blocking=True), v) for name, v in fields.items()}
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,189 @@
+"""What an encoder is, how it is built from a spec, saved and loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from gymnasium.spaces import Space
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlrep import runs, spaces
+from rlrep.registry import Registry, SpecError
+from rlrep.types import RunError, SpaceError, Tree, tree_leaves, tree_map
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+AUTO: dict[spaces.Kind, str] = {
+    "picture": "nature",
+    "grid": "grid",
+    "tokens": "tokens",
+    "vector": "mlp",
+    "dict": "dict",
+}
+"""What the spec `auto` stands for, by kind of observation."""
+
+
+class Encoder(nn.Module, PyTorchModelHubMixin):
+    """Raw observations in, features out: scaling and embedding happen inside, so that nobody can mismatch them.
+
+    A subclass sets `kinds`, takes `observation_space` and keyword options with plain values (they are its
+    configuration), and implements `forward`.
+
+    Args:
+        observation_space: What the observations look like.
+        features_dim: D, the width of the features.
+
+    Raises:
+        SpaceError: The encoder is for other kinds of observations.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    kinds: ClassVar[tuple[spaces.Kind, ...]]
+
+    def __init__(self, observation_space: Space, features_dim: int) -> None:
+        super().__init__()
+        kind = spaces.kind(observation_space)
+        if kind not in self.kinds:
+            raise SpaceError(
+                f"encoder {self.name!r} encodes {' and '.join(self.kinds)} observations, but {observation_space} is a "
+                f"{kind}; use {AUTO[kind]!r} or 'auto'"
+            )
+        if features_dim < 1:
+            raise SpecError(f"features_dim must be at least 1, not {features_dim}")
+        self.observation_space = observation_space
+        self.features_dim = features_dim
+        self.provenance: dict[str, Any] = {}
+        """What it learnt from: environment spec, data digest, objectives, versions. Saved with it."""
+
+    def forward(self, obs: Tree) -> Tensor:
+        """(N, *obs_shape) raw observations -> (N, D) features."""
+        raise NotImplementedError
+
+    def encode(self, obs: Tree) -> Tensor:
+        """(..., *obs_shape) raw observations of any leading axes -> (..., D) features."""
+        leaf, space = tree_leaves(obs)[0], next(iter(spaces.leaves(self.observation_space).values()))
+        leading = leaf.shape[: leaf.ndim - len(cast(tuple[int, ...], space.shape))]
+        features = self(tree_map(lambda x: x.reshape(-1, *x.shape[len(leading) :]), obs))
+        return features.reshape(*leading, self.features_dim)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything needed to build it again, as plain JSON values."""
+        # The hub mixin records the constructor's arguments; it adds no others that are plain values.
+        options = dict(cast(Mapping[str, Any], self._hub_mixin_config or {}))
+        return {
+            "format_version": runs.FORMAT_VERSION,
+            "encoder": self.name,
+            "options": options,
+            "observation_space": spaces.to_json(self.observation_space),
+            "provenance": self.provenance,
+        }
+
+    def digest(self) -> str:
+        """Returns a hash of the weights: two encoders of one class with equal digests compute the same."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            sha.update(name.encode())
+            sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {k: v.contiguous() for k, v in self.state_dict().items()}
+        runs.write_atomically(save_directory / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+        runs.write_json(save_directory / CONFIG, self.config)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, config: Any = None, **kwargs: Any) -> Any:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            from huggingface_hub import hf_hub_download
+
+            hub = {k: kwargs.get(k) for k in ("revision", "cache_dir", "token")}
+            folder = Path(hf_hub_download(repo_id=model_id, filename=WEIGHTS, **cast(Any, hub))).parent
+        encoder = from_config(config or runs.read_json(folder / CONFIG))
+        try:
+            encoder.load_state_dict(load_file(folder / WEIGHTS))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise RunError(f"the weights in {folder / WEIGHTS} cannot be loaded: {error}") from error
+        return encoder.eval()
+
+
+encoders: Registry[type[Encoder]] = Registry("encoder", "rlrep.encoders", given=("observation_space",))
+
+
+def make_encoder(spec: str | Mapping[str, Any] | Encoder, observation_space: Space) -> Encoder:
+    """Builds an untrained encoder for `observation_space`.
+
+    Args:
+        spec: `"nature:features_dim=128"`; `"auto"`, with options if any, picks by the kind of observation. An encoder
+        is
+            returned as it is, once its space is checked.
+        observation_space: What it will encode.
+
+    Raises:
+        SpecError: No such encoder or option.
+        SpaceError: The encoder is for other observations.
+    """
+    if isinstance(spec, Encoder):
+        spaces.check_same(observation_space, spec.observation_space, "this encoder was made for observations")
+        return spec
+    if isinstance(spec, str) and (spec == "auto" or spec.startswith("auto:")):
+        spec = AUTO[spaces.kind(observation_space)] + spec.removeprefix("auto")
+    elif isinstance(spec, Mapping) and spec.get("name") == "auto":
+        spec = {**spec, "name": AUTO[spaces.kind(observation_space)]}
+    return encoders.build(spec, observation_space)
+
+
+def from_config(config: Mapping[str, Any], weights: bytes | None = None) -> Encoder:
+    """Builds an encoder from its `config`, and gives it `weights` (safetensors) if there are any.
+
+    Raises:
+        RunError: The configuration was written by a newer version.
+    """
+    if config.get("format_version", runs.FORMAT_VERSION + 1) > runs.FORMAT_VERSION or "encoder" not in config:
+        raise RunError(f"this is no encoder configuration that this version of rlrep reads: {json.dumps(config)[:200]}")
+    space = spaces.from_json(config["observation_space"])
+    encoder: Encoder = encoders.get(config["encoder"])(space, **config["options"])
+    encoder.provenance = dict(config["provenance"])
+    if weights is not None:
+        encoder.load_state_dict(load_safetensors(weights))
+    return encoder
+
+
+def load_encoder(encoder: str | Path | Encoder) -> Encoder:
+    """Returns an encoder from its folder (or a Hugging Face repository), or as it is.
+
+    A run folder of `rlrep pretrain` is accepted as well as the encoder folder in it.
+
+    Raises:
+        RunError: There is no encoder there.
+    """
+    if isinstance(encoder, Encoder):
+        return encoder
+    path = Path(encoder)
+    for folder in (path, path / "encoder"):
+        if (folder / CONFIG).exists():
+            return Encoder.from_pretrained(folder)
+    if path.exists():
+        unfinished = " It holds a pre-training run that has not finished." if (path / runs.RECORD).exists() else ""
+        raise RunError(f"there is no encoder in {path}: it has no {CONFIG}.{unfinished}")
+    try:
+        return Encoder.from_pretrained(str(encoder))
+    except Exception as error:
+        # Anything from a malformed name to no network: for the user it is one thing, a name that leads nowhere.
+        raise RunError(f"there is no encoder at {str(encoder)!r}: no such folder, and no such repository") from error

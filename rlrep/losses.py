@@ -1,0 +1,84 @@
+"""Pure losses: tensors in, tensors out; shapes are checked, and nothing is averaged over padding."""
+
+from __future__ import annotations
+
+import torch
+from gymnasium import spaces
+from gymnasium.spaces import Space
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlrep.types import SpaceError
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where `mask`, both of one shape; 0 where nothing is left."""
+    if values.shape != mask.shape:
+        raise ValueError(f"values have shape {tuple(values.shape)}, but the mask has {tuple(mask.shape)}")
+    # `where`, not a product: padding may hold anything, and nan * 0 is nan.
+    return torch.where(
+        mask, values, torch.zeros((), dtype=values.dtype, device=values.device)
+    ).sum() / mask.sum().clamp(min=1)
+
+
+def info_nce(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Contrastive cross-entropy with the positives on the diagonal (CPC, arXiv:1807.03748).
+
+    Args:
+        logits: (N, N) score of anchor i with candidate j.
+        mask: (N,) bool; a masked row is neither an anchor nor a negative.
+
+    Returns:
+        The loss, 0-d, and the fraction of anchors whose positive scores highest, 0-d.
+    """
+    n = len(mask)
+    if logits.shape != (n, n):
+        raise ValueError(f"logits have shape {tuple(logits.shape)}; {n} pairs need ({n}, {n})")
+    logits = logits.masked_fill(~mask[None, :], -1e9).masked_fill(~mask[:, None], 0.0)
+    target = torch.arange(n, device=logits.device)
+    loss = masked_mean(F.cross_entropy(logits, target, reduction="none"), mask)
+    return loss, masked_mean((logits.argmax(dim=1) == target).float(), mask)
+
+
+def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared L2 distance of the normalised vectors, 2 - 2 cos, over the last axis (BYOL, arXiv:2006.07733)."""
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    return 2 - 2 * F.cosine_similarity(prediction, target, dim=-1)
+
+
+def action_loss(space: Space, output: Tensor, action: Tensor) -> Tensor:
+    """How badly `output` predicts `action`: cross-entropy where actions are discrete, squared error where continuous.
+
+    Args:
+        space: The action space.
+        output: (..., A) logits or values, A as `rlrep.spaces.flat_dim`.
+        action: (..., *action_shape) raw actions.
+
+    Returns:
+        (...) loss of each action; several parts of one action are summed.
+    """
+    leading = output.shape[:-1]
+    if isinstance(space, spaces.Discrete):
+        index = action.reshape(-1).long() - int(space.start)
+        return F.cross_entropy(output.flatten(0, -2), index, reduction="none").reshape(leading)
+    if isinstance(space, spaces.MultiDiscrete):
+        sizes = space.nvec.reshape(-1).tolist()
+        start = torch.as_tensor(space.start, device=action.device).reshape(-1)
+        index = action.reshape(-1, len(sizes)).long() - start
+        parts = output.flatten(0, -2).split(sizes, dim=-1)
+        losses = [F.cross_entropy(part, index[:, i], reduction="none") for i, part in enumerate(parts)]
+        return torch.stack(losses).sum(dim=0).reshape(leading)
+    if isinstance(space, spaces.MultiBinary):
+        target = action.reshape(output.shape).float()
+        return F.binary_cross_entropy_with_logits(output, target, reduction="none").sum(dim=-1)
+    if isinstance(space, spaces.Box):
+        return (output - action.reshape(output.shape).float()).square().mean(dim=-1)
+    raise SpaceError(f"action space {space} is not supported: use Discrete, MultiDiscrete, MultiBinary or Box")
+
+
+def action_correct(space: Space, output: Tensor, action: Tensor) -> Tensor | None:
+    """(...) bool whether the likeliest action is the one taken, or None where actions are not `Discrete`."""
+    if not isinstance(space, spaces.Discrete):
+        return None
+    return output.argmax(dim=-1) + int(space.start) == action.reshape(output.shape[:-1])

@@ -1,0 +1,162 @@
+"""Autoencoders: features from which the observation can be drawn again."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from gymnasium import spaces as gym_spaces
+from gymnasium.spaces import Space
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rlrep import losses, nets, spaces
+from rlrep.encoders import Encoder
+from rlrep.objectives.base import Objective, objectives
+from rlrep.types import Batch, Metrics, Tree, tree_map
+
+SYMBOLS = 32
+"""Classes of one symbol of a board; MiniGrid uses 11. Larger values count as the last class."""
+
+LEVELS = 16
+"""Levels a colour channel is told apart by, when counting how rare a colour is."""
+
+
+class Rarity(nn.Module):
+    """Weighs content by how rarely it is seen, so that a key of twenty pixels counts beside a floor of a thousand.
+
+    A weight is frequency^-power, scaled so that the weights of all content seen average 1. Frequencies are counted over
+    training batches.
+
+    Args:
+        n_codes: Content comes as integers below this.
+        power: 0 weighs everything alike; 1 gives every code an equal share of the loss.
+    """
+
+    counts: Tensor
+
+    def __init__(self, n_codes: int, power: float) -> None:
+        super().__init__()
+        self.power = power
+        # Starting from one of each keeps a code that was never seen finite.
+        self.register_buffer("counts", torch.ones(n_codes))
+
+    def forward(self, codes: Tensor, mask: Tensor) -> Tensor:
+        """(N, ...) integer codes -> weights of that shape; rows outside `mask` (N,) are not counted."""
+        if self.training:
+            self.counts += torch.bincount(codes[mask].flatten(), minlength=len(self.counts))
+        frequency = self.counts / self.counts.sum()
+        weight = frequency.pow(-self.power)
+        return (weight / (frequency * weight).sum())[codes]
+
+
+class Reconstruction(nn.Module):
+    """Draws one observation from features, and says how far off the drawing is.
+
+    Pictures are compared by squared error of pixels in [0, 1], boards and words by cross-entropy of symbols, vectors by
+    squared error of what `rlrep.spaces.Flatten` makes of them. A dict is the sum over its keys.
+
+    Args:
+        space: The observation space, or one leaf of it.
+        features_dim: D.
+        rarity: Power of the rarity weights on pictures and boards; 0 for none.
+        width: Channels of the decoder.
+    """
+
+    def __init__(self, space: Space, features_dim: int, rarity: float, width: int = 32) -> None:
+        super().__init__()
+        self.space, self.kind = space, spaces.kind(space)
+        self.decode: nn.Module
+        match self.kind:
+            case "dict":
+                subspaces = cast(gym_spaces.Dict, space).spaces
+                self.parts = nn.ModuleDict(
+                    {k: Reconstruction(s, features_dim, rarity, width) for k, s in subspaces.items()}
+                )
+            case "picture":
+                shape = spaces.picture_shape(space)
+                self.channels = 3 if shape[0] % 3 == 0 else 1
+                self.decode = nets.PictureDecoder(features_dim, shape, width)
+                self.rarity = Rarity(LEVELS**self.channels, rarity)
+            case "grid":
+                self.shape = spaces.picture_shape(space)
+                cells = self.shape[1] * self.shape[2]
+                self.decode = nn.Sequential(
+                    nn.Linear(features_dim, cells * width),
+                    nn.ReLU(),
+                    nn.Unflatten(1, (cells, width)),
+                    nn.Linear(width, self.shape[0] * SYMBOLS),
+                )
+                self.rarity = Rarity(SYMBOLS**2, rarity)
+            case "tokens":
+                self.n_words = spaces.vocabulary_size(space)
+                self.decode = nn.Linear(features_dim, cast(tuple[int, ...], space.shape)[0] * self.n_words)
+            case "vector":
+                self.flatten = spaces.Flatten(space)
+                self.decode = nets.mlp([features_dim, 256, spaces.flat_dim(space)])
+
+    def forward(self, features: Tensor, obs: Tree, mask: Tensor) -> Tensor:
+        """(N, D), raw (N, *obs_shape), (N,) bool -> (N,) error of each observation."""
+        match self.kind:
+            case "dict":
+                return torch.stack([part(features, obs[k], mask) for k, part in self.parts.items()]).sum(dim=0)
+            case "picture":
+                return self._picture(features, obs, mask)
+            case "grid":
+                return self._board(features, obs, mask)
+            case "tokens":
+                logits = self.decode(features).reshape(-1, self.n_words)
+                return F.cross_entropy(logits, obs.long().flatten(), reduction="none").reshape(obs.shape).mean(dim=1)
+            case _:
+                return (self.decode(features) - self.flatten(obs)).square().mean(dim=1)
+
+    def _picture(self, features: Tensor, obs: Tensor, mask: Tensor) -> Tensor:
+        x = obs.permute(0, 3, 1, 2) if spaces.channels_last(cast(gym_spaces.Box, self.space)) else obs
+        error = (self.decode(features).float() - x / 255).square()
+        n, _, height, width = x.shape
+        # Each frame of a stack has its own weights: its colours, or its greys.
+        frames = (n, -1, self.channels, height, width)
+        levels = x.reshape(frames).long() * LEVELS // 256
+        place = LEVELS ** torch.arange(self.channels, device=x.device)
+        weight = self.rarity((levels * place[:, None, None]).sum(dim=2), mask)
+        return (error.reshape(frames).mean(dim=2) * weight).flatten(1).mean(dim=1)
+
+    def _board(self, features: Tensor, obs: Tensor, mask: Tensor) -> Tensor:
+        channels = self.shape[0]
+        symbols = obs.long().clamp(max=SYMBOLS - 1).flatten(1, 2)
+        logits = self.decode(features).unflatten(2, (channels, SYMBOLS))
+        error = F.cross_entropy(logits.flatten(0, 2), symbols.flatten(), reduction="none").reshape(symbols.shape)
+        # What a cell holds is its object and colour; its state may change every step.
+        frames = (*symbols.shape[:2], -1, spaces.SYMBOLS)
+        cell = symbols.reshape(frames)
+        weight = self.rarity(cell[..., 0] + SYMBOLS * cell[..., 1], mask)
+        return (error.reshape(frames).mean(dim=-1) * weight).flatten(1).mean(dim=1)
+
+
+@objectives.register("ae")
+class Autoencoder(Objective):
+    """Reconstructs the observation from its features, rare content weighing more.
+
+    Plain squared error is won by drawing walls and floor; the key is a few pixels. Weighing by rarity made frozen
+    features solve DoorKey from pictures where the plain error did not.
+
+    Args:
+        encoder: The encoder to shape.
+        action_space: Not used by the loss.
+        rarity: Power of the weights: frequency^-rarity of a pixel's colour, or a cell's symbol; 0 for the plain error.
+        width: Channels of the decoder.
+    """
+
+    paper = "Hinton & Salakhutdinov 2006, doi:10.1126/science.1127647"
+
+    def __init__(self, encoder: Encoder, action_space: Space, rarity: float = 0.5, width: int = 32) -> None:
+        super().__init__(encoder, action_space)
+        if not 0 <= rarity <= 1:
+            raise ValueError(f"ae: rarity must lie between 0 and 1, not {rarity}")
+        self.reconstruct = Reconstruction(encoder.observation_space, encoder.features_dim, rarity, width)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Returns the mean error over the observations of each segment's first step."""
+        features, mask = self.features(batch).flatten(0, 1), batch.obs_mask[:, : self.span + 1].flatten()
+        obs = tree_map(lambda x: x.flatten(0, 1), self.observations(batch))
+        return losses.masked_mean(self.reconstruct(features, obs, mask), mask), {}

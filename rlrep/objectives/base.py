@@ -1,0 +1,131 @@
+"""What an objective is, and weighted sums of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from gymnasium.spaces import Space
+from torch import Tensor, nn
+
+from rlrep.encoders import Encoder
+from rlrep.registry import Registry, SpecError, split_spec
+from rlrep.types import Batch, Metrics, tree_map
+
+Spec = str | Mapping[str, Any]
+"""`"atc:lag=3"`, or the same as a mapping."""
+
+
+class Objective(nn.Module):
+    """A reward-free loss over segments that shapes `self.encoder`.
+
+    `forward(batch)` returns the loss, 0-d, and detached metrics, so that wrapping for distributed training just works.
+    Target networks are called `ema_...`, take no gradient, and move in `after_step` only. Nothing may depend on what
+    lies past the end of an episode: use `batch.mask`.
+
+    Args:
+        encoder: The encoder to shape; objectives in a sum share it.
+        action_space: What the actions in the batch are.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+
+    span: int = 1
+    """Transitions a segment needs. In a sum segments may be longer; each objective uses the first `span`."""
+
+    def __init__(self, encoder: Encoder, action_space: Space) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.action_space = action_space
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Returns the loss (0-d) and metrics (0-d, detached) of a batch of at least `span` steps."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Called after every optimiser step: moves target networks."""
+
+    def observations(self, batch: Batch, steps: int | None = None) -> Any:
+        """Returns the first `steps` raw observations of each segment, `span` + 1 unless told."""
+        return tree_map(lambda x: x[:, : steps or self.span + 1], batch.obs)
+
+    def features(self, batch: Batch) -> Tensor:
+        """Returns the encoder's features of the first `span` + 1 observations, (B, span+1, D), encoded once a batch."""
+        steps = self.span + 1
+        known = batch.memo.get("features")
+        if known is None or known.shape[1] < steps:
+            known = batch.memo["features"] = self.encoder.encode(self.observations(batch))
+        return known[:, :steps]
+
+
+objectives: Registry[type[Objective]] = Registry("objective", "rlrep.objectives", given=("encoder", "action_space"))
+
+
+class Sum(Objective):
+    """A weighted sum of objectives on one encoder.
+
+    Args:
+        terms: (weight, objective) pairs, all on the same encoder.
+    """
+
+    name = "sum"
+
+    def __init__(self, terms: Sequence[tuple[float, Objective]]) -> None:
+        first = terms[0][1]
+        super().__init__(first.encoder, first.action_space)
+        self.weights = [weight for weight, _ in terms]
+        self.terms = nn.ModuleList(objective for _, objective in terms)
+        self.span = max(objective.span for _, objective in terms)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Returns the weighted sum; the metrics of each term are prefixed by its name."""
+        total: Any = 0.0
+        metrics: Metrics = {}
+        # Longest span first, so that the features it encodes serve the shorter ones.
+        order = sorted(range(len(self.terms)), key=lambda i: -self.terms[i].span)  # type: ignore[operator]
+        for i in order:
+            term = self.terms[i]
+            loss, found = term(batch)
+            total = total + self.weights[i] * loss
+            metrics |= {f"{term.name}/loss": loss.detach()} | {f"{term.name}/{k}": v for k, v in found.items()}
+        return total, metrics
+
+    def after_step(self) -> None:
+        """Moves the target networks of every term."""
+        for term in self.terms:
+            term.after_step()  # type: ignore[operator]
+
+
+def make_objective(specs: Spec | Sequence[Spec], encoder: Encoder, action_space: Space) -> Objective:
+    """Builds an objective, or the weighted sum of several, on one encoder.
+
+    Args:
+        specs: `"ae"`, or `["spr", "inverse:weight=0.5"]`; `weight` is 1 unless given.
+        encoder: The encoder they shape.
+        action_space: What the actions in the data are.
+
+    Raises:
+        SpecError: No objective, an unknown one, one named twice, or a weight that is not positive.
+    """
+    terms: list[tuple[float, Objective]] = []
+    for spec in [specs] if isinstance(specs, str | Mapping) else specs:
+        options = dict(spec) if isinstance(spec, Mapping) else _as_mapping(spec)
+        weight = options.pop("weight", 1.0)
+        if not isinstance(weight, int | float) or not weight > 0:
+            raise SpecError(f"the weight of objective {spec!r} must be a positive number, not {weight!r}")
+        terms.append((weight, objectives.build(options, encoder=encoder, action_space=action_space)))
+    if not terms:
+        raise SpecError(f"name at least one objective: {', '.join(objectives.names())}")
+    names = [objective.name for _, objective in terms]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SpecError(f"objective {sorted(twice)[0]!r} is named twice; give it once, with the weight it should have")
+    return Sum(terms)
+
+
+def _as_mapping(spec: str) -> dict[str, Any]:
+    try:
+        name, options = split_spec(spec)
+    except ValueError as error:
+        raise SpecError(f"objective spec {spec!r}: {error}") from error
+    return {"name": name, **options}
