@@ -130,9 +130,8 @@ def make_encoder(spec: str | Mapping[str, Any] | Encoder, observation_space: Spa
     """Builds an untrained encoder for `observation_space`.
 
     Args:
-        spec: `"nature:features_dim=128"`; `"auto"`, with options if any, picks by the kind of observation. An encoder
-        is
-            returned as it is, once its space is checked.
+        spec: `"nature:features_dim=128"`; `"auto"`, with options if any, picks by the kind of observation. An
+            encoder is returned as it is, once its space is checked.
         observation_space: What it will encode.
 
     Raises:

@@ -1,0 +1,44 @@
+"""Signs that features carry little: effective rank, spread, norm and dead units."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DEAD = 0.01
+"""A feature whose standard deviation over observations is below this says nothing; encoders end in layer
+normalisation, which makes 1 the usual size."""
+
+LOWEST_RANK = 2.0
+"""Below this effective rank the features hold one direction, whatever their width."""
+
+
+def effective_rank(features: Tensor) -> float:
+    """Returns RankMe of (N, D) features: the exponential of the entropy of their singular values (arXiv:2210.02885).
+
+    Between 1, all rows on one line, and min(N, D).
+    """
+    values = torch.linalg.svdvals(features.float())
+    p = values / values.sum().clamp(min=1e-12)
+    return float(torch.exp(-(p * torch.log(p + 1e-12)).sum()))
+
+
+def collapse(features: Tensor) -> dict[str, float]:
+    """Describes (N, D) features of N different observations.
+
+    Returns:
+        `effective_rank`; `feature_std`, the mean over D of the deviation over N; `feature_norm`, the mean length of a row;
+        `dead_units`, the fraction of D that does not vary.
+    """
+    std = features.float().std(dim=0)
+    return {
+        "effective_rank": effective_rank(features),
+        "feature_std": float(std.mean()),
+        "feature_norm": float(features.float().norm(dim=1).mean()),
+        "dead_units": float((std < DEAD).float().mean()),
+    }
+
+
+def has_collapsed(found: dict[str, float]) -> bool:
+    """Whether what `collapse` found means that a policy could not learn from these features."""
+    return found["effective_rank"] < LOWEST_RANK or found["feature_std"] < DEAD
