@@ -10,7 +10,7 @@ from gymnasium.spaces import Space
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlrep import losses, nets, spaces
+from rlrep import nets, spaces
 from rlrep.encoders import Encoder
 from rlrep.objectives.base import Objective, objectives
 from rlrep.types import Batch, Metrics, Tree, tree_map
@@ -18,8 +18,8 @@ from rlrep.types import Batch, Metrics, Tree, tree_map
 SYMBOLS = 32
 """Classes of one symbol of a board; MiniGrid uses 11. Larger values count as the last class."""
 
-LEVELS = 16
-"""Levels a colour channel is told apart by, when counting how rare a colour is."""
+BITS = 4
+"""Of each colour channel, when counting how rare a colour is."""
 
 
 class Rarity(nn.Module):
@@ -41,10 +41,10 @@ class Rarity(nn.Module):
         # Starting from one of each keeps a code that was never seen finite.
         self.register_buffer("counts", torch.ones(n_codes))
 
-    def forward(self, codes: Tensor, mask: Tensor) -> Tensor:
-        """(N, ...) integer codes -> weights of that shape; rows outside `mask` (N,) are not counted."""
+    def forward(self, codes: Tensor) -> Tensor:
+        """Integer codes of any shape -> weights of that shape."""
         if self.training:
-            self.counts += torch.bincount(codes[mask].flatten(), minlength=len(self.counts))
+            self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
         frequency = self.counts / self.counts.sum()
         weight = frequency.pow(-self.power)
         return (weight / (frequency * weight).sum())[codes]
@@ -77,7 +77,7 @@ class Reconstruction(nn.Module):
                 shape = spaces.picture_shape(space)
                 self.channels = 3 if shape[0] % 3 == 0 else 1
                 self.decode = nets.PictureDecoder(features_dim, shape, width)
-                self.rarity = Rarity(LEVELS**self.channels, rarity)
+                self.rarity = Rarity(2 ** (BITS * self.channels), rarity)
             case "grid":
                 self.shape = spaces.picture_shape(space)
                 cells = self.shape[1] * self.shape[2]
@@ -95,33 +95,33 @@ class Reconstruction(nn.Module):
                 self.flatten = spaces.Flatten(space)
                 self.decode = nets.mlp([features_dim, 256, spaces.flat_dim(space)])
 
-    def forward(self, features: Tensor, obs: Tree, mask: Tensor) -> Tensor:
-        """(N, D), raw (N, *obs_shape), (N,) bool -> (N,) error of each observation."""
+    def forward(self, features: Tensor, obs: Tree) -> Tensor:
+        """(N, D), raw (N, *obs_shape) -> (N,) error of each observation."""
         match self.kind:
             case "dict":
-                return torch.stack([part(features, obs[k], mask) for k, part in self.parts.items()]).sum(dim=0)
+                return torch.stack([part(features, obs[k]) for k, part in self.parts.items()]).sum(dim=0)
             case "picture":
-                return self._picture(features, obs, mask)
+                return self._picture(features, obs)
             case "grid":
-                return self._board(features, obs, mask)
+                return self._board(features, obs)
             case "tokens":
                 logits = self.decode(features).reshape(-1, self.n_words)
                 return F.cross_entropy(logits, obs.long().flatten(), reduction="none").reshape(obs.shape).mean(dim=1)
             case _:
                 return (self.decode(features) - self.flatten(obs)).square().mean(dim=1)
 
-    def _picture(self, features: Tensor, obs: Tensor, mask: Tensor) -> Tensor:
+    def _picture(self, features: Tensor, obs: Tensor) -> Tensor:
         x = obs.permute(0, 3, 1, 2) if spaces.channels_last(cast(gym_spaces.Box, self.space)) else obs
         error = (self.decode(features).float() - x / 255).square()
-        n, _, height, width = x.shape
-        # Each frame of a stack has its own weights: its colours, or its greys.
-        frames = (n, -1, self.channels, height, width)
-        levels = x.reshape(frames).long() * LEVELS // 256
-        place = LEVELS ** torch.arange(self.channels, device=x.device)
-        weight = self.rarity((levels * place[:, None, None]).sum(dim=2), mask)
-        return (error.reshape(frames).mean(dim=2) * weight).flatten(1).mean(dim=1)
+        # Each frame of a stack is weighed by itself: by its colours, or its greys.
+        frames = x.to(torch.uint8).unflatten(1, (-1, self.channels))
+        code = torch.zeros_like(frames[:, :, 0], dtype=torch.int32)
+        for channel in range(self.channels):
+            code = (code << BITS) + (frames[:, :, channel] >> (8 - BITS))
+        weighted = error.unflatten(1, (-1, self.channels)).mean(dim=2) * self.rarity(code)
+        return weighted.flatten(1).mean(dim=1)
 
-    def _board(self, features: Tensor, obs: Tensor, mask: Tensor) -> Tensor:
+    def _board(self, features: Tensor, obs: Tensor) -> Tensor:
         channels = self.shape[0]
         symbols = obs.long().clamp(max=SYMBOLS - 1).flatten(1, 2)
         logits = self.decode(features).unflatten(2, (channels, SYMBOLS))
@@ -129,7 +129,7 @@ class Reconstruction(nn.Module):
         # What a cell holds is its object and colour; its state may change every step.
         frames = (*symbols.shape[:2], -1, spaces.SYMBOLS)
         cell = symbols.reshape(frames)
-        weight = self.rarity(cell[..., 0] + SYMBOLS * cell[..., 1], mask)
+        weight = self.rarity(cell[..., 0] + SYMBOLS * cell[..., 1])
         return (error.reshape(frames).mean(dim=-1) * weight).flatten(1).mean(dim=1)
 
 
@@ -156,7 +156,6 @@ class Autoencoder(Objective):
         self.reconstruct = Reconstruction(encoder.observation_space, encoder.features_dim, rarity, width)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Returns the mean error over the observations of each segment's first step."""
-        features, mask = self.features(batch).flatten(0, 1), batch.obs_mask[:, : self.span + 1].flatten()
-        obs = tree_map(lambda x: x.flatten(0, 1), self.observations(batch))
-        return losses.masked_mean(self.reconstruct(features, obs, mask), mask), {}
+        """Returns the mean error over the first observation of every segment."""
+        obs = tree_map(lambda x: x[:, 0], batch.obs)
+        return self.reconstruct(self.features(batch, 1)[:, 0], obs).mean(), {}

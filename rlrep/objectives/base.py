@@ -46,17 +46,15 @@ class Objective(nn.Module):
     def after_step(self) -> None:
         """Called after every optimiser step: moves target networks."""
 
-    def observations(self, batch: Batch, steps: int | None = None) -> Any:
-        """Returns the first `steps` raw observations of each segment, `span` + 1 unless told."""
-        return tree_map(lambda x: x[:, : steps or self.span + 1], batch.obs)
+    def features(self, batch: Batch, n: int) -> Tensor:
+        """Returns the encoder's features of the first `n` observations of each segment, (B, n, D).
 
-    def features(self, batch: Batch) -> Tensor:
-        """Returns the encoder's features of the first `span` + 1 observations, (B, span+1, D), encoded once a batch."""
-        steps = self.span + 1
+        They are encoded once a batch, however many objectives ask.
+        """
         known = batch.memo.get("features")
-        if known is None or known.shape[1] < steps:
-            known = batch.memo["features"] = self.encoder.encode(self.observations(batch))
-        return known[:, :steps]
+        if known is None or known.shape[1] < n:
+            known = batch.memo["features"] = self.encoder.encode(tree_map(lambda x: x[:, :n], batch.obs))
+        return known[:, :n]
 
 
 objectives: Registry[type[Objective]] = Registry("objective", "rlrep.objectives", given=("encoder", "action_space"))
@@ -82,7 +80,7 @@ class Sum(Objective):
         """Returns the weighted sum; the metrics of each term are prefixed by its name."""
         total: Any = 0.0
         metrics: Metrics = {}
-        # Longest span first, so that the features it encodes serve the shorter ones.
+        # Longest span first, so that the features encoded for it serve the shorter ones.
         order = sorted(range(len(self.terms)), key=lambda i: -self.terms[i].span)  # type: ignore[operator]
         for i in order:
             term = self.terms[i]

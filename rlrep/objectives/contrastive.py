@@ -60,13 +60,12 @@ class ATC(Objective):
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Returns InfoNCE over all (anchor, positive) pairs that lie within one episode."""
         n_anchors = self.span - self.lag + 1
-        obs = self.observations(batch)
         if self.augment.active:
-            features = self.encoder.encode(self.augment(tree_map(lambda x: x[:, :n_anchors], obs)))
+            features = self.encoder.encode(self.augment(tree_map(lambda x: x[:, :n_anchors], batch.obs)))
         else:
-            features = self.features(batch)[:, :n_anchors]
+            features = self.features(batch, n_anchors)
         with torch.no_grad():
-            later = self.augment(tree_map(lambda x: x[:, self.lag :], obs))
+            later = self.augment(tree_map(lambda x: x[:, self.lag : self.span + 1], batch.obs))
             positive = self.ema_project(self.ema_encoder.encode(later)).flatten(0, 1)
         anchor = self.project(features).flatten(0, 1)
         anchor = anchor + self.residual(anchor)

@@ -36,7 +36,7 @@ class Inverse(Objective):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Returns the mean loss over segments that last `lag` steps."""
-        features = self.features(batch)
+        features = self.features(batch, self.span + 1)
         output = self.predict(torch.cat([features[:, 0], features[:, self.span]], dim=-1))
         action, mask = batch.action[:, 0], batch.mask[:, self.span - 1]
         loss = losses.masked_mean(losses.action_loss(self.action_space, output, action), mask)

@@ -57,16 +57,15 @@ class SPR(Objective):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Returns the mean distance of prediction and target over the steps that lie within the episode."""
-        obs = self.observations(batch)
-        now = tree_map(lambda x: x[:, 0], obs)
-        latent = self.encoder(self.augment(now)) if self.augment.active else self.features(batch)[:, 0]
+        now = tree_map(lambda x: x[:, 0], batch.obs)
+        latent = self.encoder(self.augment(now)) if self.augment.active else self.features(batch, 1)[:, 0]
         predictions = []
         for k in range(self.span):
             action = self.embed_action(batch.action[:, k])
             latent = self.normalise(latent + self.transition(torch.cat([latent, action], dim=-1)))
             predictions.append(self.predict(self.project(latent)))
         with torch.no_grad():
-            later = self.augment(tree_map(lambda x: x[:, 1:], obs))
+            later = self.augment(tree_map(lambda x: x[:, 1 : self.span + 1], batch.obs))
             target = self.ema_project(self.ema_encoder.encode(later))
         distance = losses.cosine_distance(torch.stack(predictions, dim=1), target)
         loss = losses.masked_mean(distance, batch.mask[:, : self.span])

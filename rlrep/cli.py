@@ -1,0 +1,289 @@
+"""The command line: one sub-command a public verb, its flags the keywords of the verb's function."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional, arg, subcommand
+
+from rlrep import interop
+from rlrep.collect import collect
+from rlrep.dataset import Dataset, verify
+from rlrep.encoders import encoders
+from rlrep.encoders.base import AUTO
+from rlrep.evaluate.report import report
+from rlrep.explore import explorers
+from rlrep.finetune import finetune
+from rlrep.objectives import objectives
+from rlrep.pretrain import pretrain
+from rlrep.recipe import Collect, Finetune, Pretrain, Recipe, load_recipe, run
+from rlrep.sb3 import algorithms
+from rlrep.types import RlrepError
+
+Flat = arg(name="")
+"""Marks settings whose flags carry no prefix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectCommand:
+    """Explore an environment without its reward, and record everything on disk."""
+
+    env: Positional[str]
+    """Environment spec, such as MiniGrid-DoorKey-6x6-v0:obs=rgb."""
+    settings: Annotated[Collect, Flat]
+    out: Path
+    """Dataset folder. The same command resumes it; a larger --steps adds to it."""
+    overwrite: bool = False
+    """Start again, throwing away what is in the folder."""
+
+    def __call__(self) -> None:
+        """Collects."""
+        collect(self.env, out=self.out, overwrite=self.overwrite, **vars(self.settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainCommand:
+    """Train an encoder on recorded data, without reward."""
+
+    data: Positional[tuple[Path, ...]]
+    """Dataset folders; several are read as one."""
+    settings: Annotated[Pretrain, Flat]
+    out: Path
+    """Run folder; the encoder ends up in its `encoder/`. The same command resumes it."""
+    overwrite: bool = False
+    """Start again, throwing away what is in the folder."""
+
+    def __call__(self) -> None:
+        """Pre-trains."""
+        pretrain(self.data, out=self.out, overwrite=self.overwrite, **vars(self.settings))
+        print(f"encoder: {self.out / 'encoder'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneCommand:
+    """Train policies with reward, with and without the encoder, and compare them."""
+
+    env: Positional[str]
+    """Environment spec, such as MiniGrid-DoorKey-6x6-v0:obs=rgb."""
+    settings: Annotated[Finetune, Flat]
+    out: Path
+    """Run folder. The same command runs the jobs that are missing."""
+    encoder: Path | None = None
+    """Folder of a pre-trained encoder, or of the run that trained it."""
+    overwrite: bool = False
+    """Start again, throwing away what is in the folder."""
+
+    def __call__(self) -> None:
+        """Fine-tunes and reports."""
+        scores = finetune(self.env, encoder=self.encoder, out=self.out, overwrite=self.overwrite, **vars(self.settings))
+        report(scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportCommand:
+    """Say whether pre-training helped, how much, and how sure that is."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders of fine-tuning runs; several are taken as several tasks."""
+    out: Path | None = None
+    """Where report.md and curves.png go; the first run's folder unless given."""
+    threshold: float | None = None
+    """The return that counts as solved; the one of the runs unless given."""
+
+    def __call__(self) -> None:
+        """Reports."""
+        report(self.runs, out=self.out, threshold=self.threshold)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunCommand:
+    """Do a whole recipe: collect, pretrain, finetune, report. Stages that are done are skipped.
+
+    Every setting of the recipe can be overridden: --collect.steps 1000.
+    """
+
+    recipe: Positional[Path]
+    """A folder that holds recipe.yaml, or the file."""
+    settings: Annotated[Recipe, Flat]
+    out: Path | None = None
+    """Where results go; `out` beside the recipe unless given."""
+    overwrite: bool = False
+    """Do every stage again."""
+
+    def __call__(self) -> None:
+        """Runs the recipe."""
+        folder = self.recipe if self.recipe.is_dir() else self.recipe.parent
+        run(self.settings, self.out or folder / "out", overwrite=self.overwrite)
+
+
+@dataclasses.dataclass(frozen=True)
+class ListCommand:
+    """Show every encoder, objective, explorer and algorithm, with its options and paper."""
+
+    kind: Positional[Literal["all", "encoders", "objectives", "explorers", "algorithms"]] = "all"
+
+    def __call__(self) -> None:
+        """Prints the tables."""
+        tables: dict[str, list[tuple[str, str, str, str]]] = {
+            registry.kind + "s": [
+                (name, _first_line(cls), _options(registry, name), getattr(cls, "paper", ""))
+                for name, cls in registry.items()
+            ]
+            for registry in (encoders, objectives, explorers)
+        }
+        auto = ", ".join(f"{name} for {kind}" for kind, name in AUTO.items())
+        tables["encoders"].insert(0, ("auto", f"By the kind of observation: {auto}.", "", ""))
+        tables["algorithms"] = [(name, _first_line(cls), "", "") for name, cls in algorithms().items()]
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        for title, rows in tables.items():
+            if self.kind not in ("all", title):
+                continue
+            table = Table("name", "what it does", "options", "paper", title=title, title_justify="left")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().split("\n")[0]
+
+
+def _options(registry: Any, name: str) -> str:
+    return ", ".join(f"{key}={p.default}" for key, p in registry.options(name).items())
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """Describe a dataset: spaces, episodes, steps, size, where it came from."""
+
+    data: Positional[tuple[Path, ...]]
+
+    def __call__(self) -> None:
+        """Prints the description."""
+        table = Table(show_header=False)
+        for key, value in Dataset(*self.data).describe().items():
+            table.add_row(key, str(value))
+        Console().print(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataVerify:
+    """Read a dataset again from end to end, and compare every episode with its digest."""
+
+    data: Positional[Path]
+
+    def __call__(self) -> int:
+        """Prints what is damaged; the exit status is 1 if anything is."""
+        found = verify(self.data)
+        print(found)
+        return 0 if found.ok else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataMerge:
+    """Copy several datasets into one."""
+
+    data: Positional[tuple[Path, ...]]
+    out: Path
+
+    def __call__(self) -> None:
+        """Merges."""
+        interop.merge(self.data, self.out)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataExport:
+    """Write a dataset for other libraries, losslessly."""
+
+    data: Positional[Path]
+    out: str
+    """A Minari id such as minigrid/doorkey-v0, or a .npz file."""
+    format: Literal["minari", "npz"] = "minari"
+
+    def __call__(self) -> None:
+        """Exports."""
+        interop.export(Dataset(self.data), self.out, format=self.format)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataImport:
+    """Read a dataset from other libraries: Minari, .npz, or a pickled SB3 replay buffer (which is trusted)."""
+
+    source: Positional[str]
+    """A Minari id or folder, a .npz file, or a replay buffer's .pkl."""
+    out: Path
+    format: Literal["minari", "npz", "sb3"] = "minari"
+
+    def __call__(self) -> None:
+        """Imports."""
+        interop.import_(self.source, self.out, format=self.format)
+
+
+Data = Union[  # noqa: UP007 (tyro reads the members' annotations)
+    Annotated[DataInfo, subcommand("info", prefix_name=False)],
+    Annotated[DataVerify, subcommand("verify", prefix_name=False)],
+    Annotated[DataMerge, subcommand("merge", prefix_name=False)],
+    Annotated[DataExport, subcommand("export", prefix_name=False)],
+    Annotated[DataImport, subcommand("import", prefix_name=False)],
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataCommand:
+    """Look at recorded data, check it, join it, and exchange it with other libraries."""
+
+    do: Annotated[Data, Flat]
+
+    def __call__(self) -> int | None:
+        """Does it."""
+        return self.do()
+
+
+def _commands(args: Sequence[str]) -> Any:
+    """Returns the type of the whole command line; a recipe that is named there supplies the defaults of `run`."""
+    run_command: Any = RunCommand
+    if len(args) > 1 and args[0] == "run" and not args[1].startswith("-"):
+        path = Path(args[1])
+        run_command = Annotated[RunCommand, subcommand("run", default=RunCommand(path, load_recipe(path)))]
+    else:
+        run_command = Annotated[RunCommand, subcommand("run")]
+    return Union[  # noqa: UP007
+        Annotated[CollectCommand, subcommand("collect")],
+        Annotated[PretrainCommand, subcommand("pretrain")],
+        Annotated[FinetuneCommand, subcommand("finetune")],
+        Annotated[ReportCommand, subcommand("report")],
+        run_command,
+        Annotated[ListCommand, subcommand("list")],
+        Annotated[DataCommand, subcommand("data")],
+    ]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 1 for an error of the user's, 130 for Ctrl-C."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        command = tyro.cli(
+            _commands(args),
+            args=args or ["--help"],
+            prog="rlrep",
+            description="Pre-train encoders for Stable-Baselines3 without reward, then fine-tune with few rewards.",
+            config=(tyro.conf.OmitSubcommandPrefixes,),
+        )
+        return command() or 0
+    except (RlrepError, ValueError) as error:
+        print(f"rlrep: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left, as `| head` does: not an error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

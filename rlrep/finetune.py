@@ -1,0 +1,321 @@
+"""Fine-tuning: arms x seeds of an SB3 algorithm with reward, side by side on the cores, evaluated as they learn."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from rlrep_envs import EnvSpec, make_vec_env
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv
+from tqdm import tqdm
+
+from rlrep import runs, spaces
+from rlrep.encoders import Encoder, load_encoder, make_encoder
+from rlrep.fanout import JobFailure, map_jobs
+from rlrep.registry import nearest
+from rlrep.sb3 import LatentVecEnv, get_algorithm, policy_kwargs
+from rlrep.types import RunError
+
+SCORES, FAILURES = "scores.jsonl", "failures.jsonl"
+
+Kind = Literal["scratch", "random-frozen", "frozen", "finetune"]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+SEED_STRIDE = 10_000
+"""Apart from one another: the environment seeds of two runs, and of training and evaluation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way of getting a policy: where its features come from, and the algorithm's settings.
+
+    `scratch` trains encoder and policy together from nothing; `random-frozen` trains a policy on the features of an
+    untrained encoder; `frozen` on those of the pre-trained one, computed once a step; `finetune` trains the pre-trained
+    encoder along, at `lr_scale` times the policy's rate.
+    """
+
+    name: str
+    kind: Kind
+    lr_scale: float = 0.1
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Constructor arguments of the algorithm, over those all arms share."""
+
+    @classmethod
+    def parse(cls, arm: str | Mapping[str, Any]) -> Arm:
+        """Reads `"frozen"`, or `{"name": "frozen-slow", "kind": "frozen", "settings": {"learning_rate": 1e-4}}`."""
+        given = {"name": arm, "kind": arm} if isinstance(arm, str) else {"kind": arm.get("name"), **arm}
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for key in given:
+            if key not in fields:
+                raise ValueError(
+                    f"an arm has no setting {key!r}.{nearest(key, fields)} Its settings: {', '.join(fields)}"
+                )
+        if given["kind"] not in KINDS:
+            raise ValueError(
+                f"there is no arm {given['kind']!r}.{nearest(str(given['kind']), KINDS)} "
+                f"The kinds are: {', '.join(KINDS)}; an arm of another name says which with 'kind'"
+            )
+        return cls(**given)
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether it needs a pre-trained encoder."""
+        return self.kind in ("frozen", "finetune")
+
+
+def finetune(
+    env: str | Mapping[str, Any] | EnvSpec,
+    *,
+    out: str | Path,
+    encoder: str | Path | Encoder | None = None,
+    arms: Sequence[str | Mapping[str, Any]] = KINDS,
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: int = 100_000,
+    algorithm: str = "ppo",
+    settings: Mapping[str, Any] | None = None,
+    n_envs: int = 16,
+    threshold: float = 0.8,
+    eval_every: int = 10_000,
+    eval_episodes: int = 20,
+    deterministic: bool = False,
+    n_workers: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Trains every arm with every seed on the rewarded task, and records how their returns grow.
+
+    The same call on an unfinished folder runs the jobs that are missing, failed ones included.
+
+    Args:
+        env: Environment spec.
+        out: Run folder: `scores.jsonl` has a row an evaluation, `failures.jsonl` one a failed job.
+        encoder: Pre-trained encoder, or its folder; without one only `scratch` and `random-frozen` can run.
+        arms: Names or mappings, see `Arm`.
+        seeds: One run of each arm a seed.
+        steps: Rewarded environment steps of each run.
+        algorithm: Name of an SB3 or sb3-contrib algorithm.
+        settings: Arguments of its constructor for all arms, SB3's defaults otherwise.
+        n_envs: Environments stepped together.
+        threshold: The return that counts as solved.
+        eval_every: Rewarded steps between evaluations.
+        eval_episodes: Episodes of each evaluation, from the same starts each time.
+        deterministic: Evaluate the likeliest action, not a drawn one.
+        n_workers: Jobs side by side, one core each; all cores unless given.
+        overwrite: Start again, throwing away what another run left in `out`.
+
+    Returns:
+        The run folder, for `rlrep.report`.
+
+    Raises:
+        SpaceError: The encoder was made for other observations.
+        RunError: `out` is taken by something else, or every job failed.
+        ValueError: Unknown arm or algorithm, or a frozen arm without an encoder.
+    """
+    spec = EnvSpec.parse(env)
+    parsed = [Arm.parse(arm) for arm in arms]
+    if len({arm.name for arm in parsed}) < len(parsed) or not parsed:
+        raise ValueError(f"arms need names of their own, and there must be one at least: {[a.name for a in parsed]}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different, and there must be one at least: {list(seeds)}")
+    get_algorithm(algorithm)
+    pretrained = load_encoder(encoder) if encoder is not None else None
+    if needy := [arm.name for arm in parsed if arm.pretrained and pretrained is None]:
+        raise ValueError(f"arm {needy[0]!r} needs a pre-trained encoder; pass one, or leave the arm out")
+    space = _observation_space(spec)
+    if pretrained is not None:
+        spaces.check_same(space, pretrained.observation_space, "this encoder was made for observations")
+    record = {
+        "env": str(spec),
+        "algorithm": algorithm,
+        "arms": [dataclasses.asdict(arm) for arm in parsed],
+        "seeds": list(seeds),
+        "steps": steps,
+        "settings": dict(settings or {}),
+        "n_envs": n_envs,
+        "threshold": threshold,
+        "eval_every": eval_every,
+        "eval_episodes": eval_episodes,
+        "deterministic": deterministic,
+        "encoder": _describe(pretrained),
+    }
+    with runs.lock(Path(out)):
+        run = runs.RunFolder(out, "finetune", record, overwrite=overwrite)
+        if run.finished:
+            return run.path
+        # The untrained arms have the same architecture as the pre-trained one.
+        untrained = pretrained or make_encoder("auto", space)
+        if pretrained is not None:
+            # A copy makes the run whole: what was fine-tuned can be looked at later.
+            runs.write_atomically(run.path / "encoder", pretrained.save_pretrained)
+        jobs = [
+            {
+                **record,
+                "out": str(run.path),
+                "arm": arm,
+                "seed": seed,
+                "encoder": pretrained if arm.pretrained else untrained,
+            }
+            for seed in seeds
+            for arm in parsed
+        ]
+        _run_all(run, jobs, n_workers or len(os.sched_getaffinity(0)))
+    return run.path
+
+
+def _run_all(run: runs.RunFolder, jobs: list[dict[str, Any]], n_workers: int) -> None:
+    """Runs the jobs that have not reached their last step, and marks the run finished if all have."""
+    scores, failures = run.path / SCORES, run.path / FAILURES
+    # A job that was cut short starts again, so what it had scored goes.
+    finished = {(row["arm"], row["seed"]) for row in runs.read_jsonl(scores) if row["last"]}
+    if scores.exists():
+        runs.trim_jsonl(scores, lambda row: (row["arm"], row["seed"]) in finished)
+    failures.unlink(missing_ok=True)
+    missing = [job for job in jobs if (job["arm"].name, job["seed"]) not in finished]
+    n_failed = 0
+    with _progress(scores, jobs):
+        for job, outcome in map_jobs(_run_job, missing, n_workers):
+            if isinstance(outcome, JobFailure):
+                n_failed += 1
+                row = {
+                    "arm": job["arm"].name,
+                    "seed": job["seed"],
+                    "error": outcome.error,
+                    "traceback": outcome.traceback,
+                }
+                runs.append_jsonl(failures, row)
+                tqdm.write(f"arm {row['arm']}, seed {row['seed']} failed: {outcome.error}")
+    if n_failed == len(jobs):
+        raise RunError(f"every job failed; the first: {runs.read_jsonl(failures)[0]['error']} (see {failures})")
+    if not n_failed:
+        run.finish(jobs=len(jobs))
+
+
+@contextmanager
+def _progress(scores: Path, jobs: list[dict[str, Any]]) -> Iterator[None]:
+    """Shows how many of all the steps are done, as the evaluations the jobs write say."""
+    total = sum(job["steps"] for job in jobs)
+    stop = threading.Event()
+    with tqdm(total=total, desc=f"finetune ({len(jobs)} runs)", unit="step", unit_scale=True) as bar:
+
+        def follow() -> None:
+            while not stop.wait(1.0):
+                reached: dict[tuple[str, int], int] = {}
+                for row in runs.read_jsonl(scores):
+                    reached[row["arm"], row["seed"]] = row["steps"]
+                bar.update(min(sum(reached.values()), total) - bar.n)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def _run_job(job: Mapping[str, Any]) -> None:
+    """Trains one arm with one seed, appending a row of scores at every evaluation. Runs in a process of its own."""
+    arm: Arm = job["arm"]
+    first_seed = SEED_STRIDE * (2 * job["seed"] + 1)
+    model, evaluation = _build(arm, job, first_seed)
+    callback = _Evaluate(job, evaluation, first_seed + SEED_STRIDE)
+    try:
+        model.learn(job["steps"], callback=callback)
+    finally:
+        evaluation.close()
+    callback.score(last=True)
+
+
+def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgorithm, VecEnv]:
+    """Returns the model on its training environments, and the evaluation environments it understands."""
+    env = make_vec_env(job["env"], job["n_envs"], first_seed, factors=False)
+    evaluation = make_vec_env(
+        job["env"], min(job["n_envs"], job["eval_episodes"]), first_seed + SEED_STRIDE, factors=False
+    )
+    encoder: Encoder = job["encoder"]
+    if not arm.pretrained:
+        torch.manual_seed(job["seed"])
+        encoder = make_encoder({"name": encoder.name, **encoder.config["options"]}, encoder.observation_space)
+    settings = {**job["settings"], **arm.settings}
+    extra = settings.pop("policy_kwargs", {})
+    if arm.kind in ("frozen", "random-frozen"):
+        env, evaluation = LatentVecEnv(env, encoder), LatentVecEnv(evaluation, encoder)
+        policy = "MlpPolicy"
+    else:
+        mode: Literal["finetune", "scratch"] = "finetune" if arm.pretrained else "scratch"
+        extra = policy_kwargs(encoder, job["algorithm"], mode=mode, lr_scale=arm.lr_scale, **extra)
+        policy = "MultiInputPolicy" if spaces.kind(env.observation_space) == "dict" else "MlpPolicy"
+    algorithm = get_algorithm(job["algorithm"])
+    model = algorithm(policy, env, seed=job["seed"], policy_kwargs=extra, device="auto", **settings)
+    return model, evaluation
+
+
+class _Evaluate(BaseCallback):
+    """Evaluates every `eval_every` steps on episodes of its own, from the same starts each time."""
+
+    def __init__(self, job: Mapping[str, Any], evaluation: VecEnv, seed: int) -> None:
+        super().__init__()
+        self.job, self.evaluation, self.seed = job, evaluation, seed
+        self.next_at = job["eval_every"]
+        self.evaluating, self.started = 0.0, time.perf_counter()
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= self.next_at and self.num_timesteps < self.job["steps"]:
+            self.next_at += self.job["eval_every"]
+            self.score(last=False)
+        return True
+
+    def score(self, last: bool) -> None:
+        """Evaluates the policy as it is, and appends a row to the scores."""
+        began = time.perf_counter()
+        # Equal starts at every evaluation and in every arm: what differs is the policy.
+        self.evaluation.seed(self.seed)
+        returns, lengths = evaluate_policy(
+            self.model,
+            self.evaluation,
+            n_eval_episodes=self.job["eval_episodes"],
+            deterministic=self.job["deterministic"],
+            return_episode_rewards=True,
+            warn=False,
+        )
+        row = {
+            "arm": self.job["arm"].name,
+            "seed": self.job["seed"],
+            "steps": self.num_timesteps,
+            "return": float(np.mean(returns)),
+            "std": float(np.std(returns)),
+            "episodes": len(returns),
+            "length": float(np.mean(lengths)),
+            "success": float(np.mean(np.asarray(returns) >= self.job["threshold"])),
+            "seconds": round(began - self.started - self.evaluating, 3),
+            "last": last,
+        }
+        runs.append_jsonl(Path(self.job["out"]) / SCORES, row)
+        self.evaluating += time.perf_counter() - began
+
+
+def _observation_space(spec: EnvSpec) -> Any:
+    """What `make_vec_env` will give, frame stack included."""
+    env = make_vec_env(spec)
+    env.close()
+    return env.observation_space
+
+
+def _describe(encoder: Encoder | None) -> dict[str, Any] | None:
+    """What the report says of the encoder: what it cost, and what it is."""
+    if encoder is None:
+        return None
+    keys = ("reward_free_steps", "pretrain_seconds", "data_digest", "objectives", "updates", "env_spec")
+    known = {key: encoder.provenance.get(key) for key in keys}
+    return {"name": encoder.name, "digest": encoder.digest(), **known}
