@@ -1,8 +1,8 @@
 """Statistics over few runs: interquartile means, bootstrap intervals, steps to a threshold and speed-ups.
 
-Scores are arrays (R, M) of R runs on each of M tasks; NaN stands for a run that is missing from a task. A run that never
-reached its threshold is *censored*: its steps are infinite, and every statistic carries that infinity on until the one who
-prints it says "more than the budget". Intervals follow Agarwal et al. 2021 (arXiv:2108.13264).
+Scores are arrays (R, M) of R runs on each of M tasks; NaN stands for a run that is missing from a task. A run that
+never reached its threshold is *censored*: its steps are infinite, and every statistic carries that infinity on until
+the one who prints it says "more than the budget". Intervals follow Agarwal et al. 2021 (arXiv:2108.13264).
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def speed_up(
 ) -> Ratio:
     """Returns how many times fewer steps `arm` needs than `baseline`: the ratio of their steps to a threshold.
 
-    A censored run needs at least `budget` steps and perhaps endlessly many; every resample is worked out both ways, so the
-    interval covers the truth and opens to 0 or infinity where the runs cannot say. The arms are resampled independently: that
-    two runs share a seed's number does not make them alike.
+    A censored run needs at least `budget` steps and perhaps endlessly many; every resample is worked out both ways, so
+    the interval opens to 0 or infinity where the runs cannot say. The arms are resampled independently: that two runs
+    share a seed's number does not make them alike.
 
     Args:
         baseline: (R, M) steps to the threshold, infinite where censored.
@@ -105,7 +105,7 @@ def speed_up(
     _check_same_tasks(baseline, arm)
 
     def bounds(slow: Scores, fast: Scores) -> NDArray[np.float64]:
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             least = statistic(np.where(np.isinf(slow), budget, slow)) / statistic(fast)
             most = statistic(slow) / statistic(np.where(np.isinf(fast), budget, fast))
         return np.stack([least, most], axis=-1)
@@ -125,7 +125,10 @@ def probability_of_improvement(
     resamples: int = 10_000,
     confidence: float = 0.95,
 ) -> Interval:
-    """Returns the probability that a run of x (R, M) scores above one of y (R', M), ties counting half, averaged over tasks."""
+    """Returns the probability that a run of x (R, M) scores above one of y (R', M), averaged over the tasks.
+
+    A tie counts half.
+    """
     x, y = _as_runs(x), _as_runs(y)
     _check_same_tasks(x, y)
 
@@ -174,7 +177,9 @@ def _as_runs(scores: ArrayLike) -> Scores:
 def _as_curve(steps: ArrayLike, returns: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     steps, returns = np.asarray(steps, dtype=np.float64), np.asarray(returns, dtype=np.float64)
     if steps.ndim != 1 or steps.shape != returns.shape or not len(steps):
-        raise ValueError(f"a curve needs steps (T,) and returns (T,) with T >= 1, not {steps.shape} and {returns.shape}")
+        raise ValueError(
+            f"a curve needs steps (T,) and returns (T,) with T >= 1, not {steps.shape} and {returns.shape}"
+        )
     if (np.diff(steps) <= 0).any():
         raise ValueError("the steps of a curve must increase")
     return steps, returns
