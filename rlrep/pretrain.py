@@ -55,8 +55,8 @@ def pretrain(
 ) -> Encoder:
     """Trains an encoder on recorded transitions, without ever reading their reward.
 
-    The same call on an unfinished folder resumes it, with the result of an unbroken run; on a finished one it returns the
-    encoder that is there.
+    The same call on an unfinished folder resumes it, with the result of an unbroken run; on a finished one it returns
+    the encoder that is there.
 
     Args:
         data: A dataset, its folder, or several folders.
@@ -239,10 +239,11 @@ class _Loop:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)
         if not math.isfinite(float(loss.detach())) or not math.isfinite(float(norm)):
+            terms = ", ".join(f"{name}={float(value):.4g}" for name, value in metrics.items())
             raise RunError(
-                f"the loss is {float(loss.detach()):.4g} with a gradient of norm {float(norm):.4g} at update {self.update}; "
-                f"terms: { {k: round(float(v), 4) for k, v in metrics.items()} }. Weights were last saved at a finite "
-                f"loss. Try a lower learning_rate than {self.learning_rate}, or check the data: rlrep data verify"
+                f"the loss is {float(loss.detach()):.4g} and its gradient's norm {float(norm):.4g} at update {self.update} "
+                f"({terms}). Nothing of this update was kept. Try a lower learning_rate than {self.learning_rate}, or "
+                "check the data: rlrep data verify"
             )
         self.optimizer.step()
         self.objective.after_step()

@@ -27,8 +27,8 @@ def collapse(features: Tensor) -> dict[str, float]:
     """Describes (N, D) features of N different observations.
 
     Returns:
-        `effective_rank`; `feature_std`, the mean over D of the deviation over N; `feature_norm`, the mean length of a row;
-        `dead_units`, the fraction of D that does not vary.
+        `effective_rank`; `feature_std`, the mean over D of the deviation over N; `feature_norm`, the mean length of a
+        row; `dead_units`, the fraction of D that does not vary.
     """
     std = features.float().std(dim=0)
     return {

@@ -1,0 +1,136 @@
+"""Fine-tuning: arms x seeds in processes of their own, resuming, failures, and what is recorded."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rlrep.encoders import Encoder, make_encoder
+from rlrep.finetune import FAILURES, KINDS, SCORES, Arm, finetune
+from rlrep.runs import read_json, read_jsonl
+from rlrep.types import RunError, SpaceError
+from rlrep_envs import make_vec_env
+
+SPEC = "rlrep/TinyGrid-v0:size=5"
+SMALL = {
+    "steps": 256,
+    "n_envs": 2,
+    "eval_every": 128,
+    "eval_episodes": 2,
+    "settings": {"n_steps": 32, "batch_size": 32, "n_epochs": 1},
+    "threshold": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    built = make_encoder("grid:features_dim=16,width=8", make_vec_env(SPEC).observation_space)
+    built.provenance = {"reward_free_steps": 1234, "pretrain_seconds": 5.0, "objectives": ["ae"]}
+    return built
+
+
+def test_every_arm_is_trained_and_scored(encoder: Encoder, tmp_path: Path) -> None:
+    out = finetune(SPEC, encoder=encoder, out=tmp_path / "run", seeds=(3,), **SMALL)
+    rows = read_jsonl(out / SCORES)
+    for kind in KINDS:
+        mine = [row for row in rows if row["arm"] == kind]
+        assert [row["steps"] for row in mine] == [128, 256]
+        assert [row["last"] for row in mine] == [False, True]
+        assert all(row["seed"] == 3 and row["episodes"] == 2 for row in mine)
+    record = read_json(out / "run.json")
+    assert record["finished"]
+    assert record["settings"]["encoder"]["reward_free_steps"] == 1234
+    assert record["settings"]["encoder"]["digest"] == encoder.digest()
+
+    # Done is done: nothing runs again, and other settings are refused.
+    assert finetune(SPEC, encoder=encoder, out=tmp_path / "run", seeds=(3,), **SMALL) == out
+    assert read_jsonl(out / SCORES) == rows
+    with pytest.raises(RunError, match="steps is 256, asked for 512"):
+        finetune(SPEC, encoder=encoder, out=tmp_path / "run", seeds=(3,), **{**SMALL, "steps": 512})
+
+
+def test_the_same_seed_gives_the_same_scores(encoder: Encoder, tmp_path: Path) -> None:
+    found = []
+    for name in ("a", "b"):
+        out = finetune(SPEC, encoder=encoder, out=tmp_path / name, arms=["finetune"], seeds=(0,), **SMALL)
+        found.append([(row["steps"], row["return"], row["length"]) for row in read_jsonl(out / SCORES)])
+    assert found[0] == found[1]
+
+
+def test_a_failed_seed_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
+    arms = ["scratch", {"name": "broken", "kind": "scratch", "settings": {"gamma": "high"}}]
+    out = finetune(SPEC, out=tmp_path / "run", arms=arms, seeds=(0,), **SMALL)
+    assert {row["arm"] for row in read_jsonl(out / SCORES)} == {"scratch"}
+    failure = read_jsonl(out / FAILURES)[0]
+    assert (failure["arm"], failure["seed"]) == ("broken", 0)
+    assert "Error" in failure["error"]
+    assert not read_json(out / "run.json")["finished"]
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    arms, seeds = ["scratch", "random-frozen"], (0, 1)
+    call = (
+        "from rlrep.finetune import finetune\n"
+        "if __name__ == '__main__':\n"
+        f"    finetune({SPEC!r}, out={str(tmp_path / 'run')!r}, arms={arms!r}, seeds={seeds!r}, n_workers=1, **{SMALL!r})"
+    )
+    script = tmp_path / "sweep.py"
+    script.write_text(call)
+    child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    scores = tmp_path / "run" / SCORES
+    while not any(row["last"] for row in read_jsonl(scores)):
+        assert child.poll() is None, "ended before its first score"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    kept = [row for row in read_jsonl(scores) if row["last"]][0]
+    out = finetune(SPEC, out=tmp_path / "run", arms=arms, seeds=seeds, **SMALL)
+    rows = read_jsonl(out / SCORES)
+    assert kept in rows, "a finished job was run again"
+    last = sorted((row["arm"], row["seed"]) for row in rows if row["last"])
+    assert last == sorted((arm, seed) for arm in arms for seed in seeds)
+    assert len(rows) == 2 * len(last), "a job that was cut short left rows behind"
+
+
+@pytest.mark.parametrize("algorithm", ["dqn", "a2c"])
+def test_other_algorithms(encoder: Encoder, tmp_path: Path, algorithm: str) -> None:
+    settings = {"learning_starts": 32, "buffer_size": 500} if algorithm == "dqn" else {}
+    small = {**SMALL, "settings": settings, "steps": 128, "eval_every": 64}
+    out = finetune(
+        SPEC, encoder=encoder, out=tmp_path / "run", algorithm=algorithm, arms=["frozen", "finetune"], seeds=(0,), **small
+    )
+    assert not (out / FAILURES).exists()
+    assert [row["last"] for row in read_jsonl(out / SCORES)].count(True) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"arms": ["frozzen"]}, ValueError, "Did you mean 'frozen'"),
+        ({"arms": ["frozen"]}, ValueError, "needs a pre-trained encoder"),
+        ({"arms": ["scratch", "scratch"]}, ValueError, "names of their own"),
+        ({"arms": [{"name": "scratch", "setings": {}}]}, ValueError, "Did you mean 'settings'"),
+        ({"arms": ["scratch"], "seeds": ()}, ValueError, "at least"),
+        ({"arms": ["scratch"], "algorithm": "pp"}, ValueError, "Did you mean 'ppo'"),
+        ({"env": "rlrep/TinyGrid-v1"}, ValueError, "TinyGrid"),
+    ],
+)
+def test_bad_settings_cost_nothing(tmp_path: Path, change: dict, error: type, message: str) -> None:
+    call = {"env": SPEC, "out": tmp_path / "run", "arms": ["scratch"], **SMALL, **change}
+    with pytest.raises(error, match=message):
+        finetune(call.pop("env"), **call)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_for_other_observations_is_refused(encoder: Encoder, tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match="made for observations"):
+        finetune("CartPole-v1", encoder=encoder, out=tmp_path / "run", **SMALL)
+
+
+def test_arms_are_read_from_names_and_mappings() -> None:
+    assert Arm.parse("frozen") == Arm("frozen", "frozen")
+    assert Arm.parse({"name": "slow", "kind": "finetune", "lr_scale": 0.01}) == Arm("slow", "finetune", 0.01)

@@ -1,0 +1,227 @@
+"""The pre-training loop: resuming, collapse, bad input, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from rlrep.dataset import Dataset, DatasetWriter
+from rlrep.encoders import load_encoder, make_encoder
+from rlrep.evaluate.collapse import collapse, effective_rank, has_collapsed
+from rlrep.objectives import Objective, objectives
+from rlrep.pretrain import CHECKPOINT, pretrain
+from rlrep.registry import SpecError
+from rlrep.runs import read_json, read_jsonl
+from rlrep.types import CollapseWarning, DatasetError, Episode, RunError
+
+SPACE = spaces.Box(0, 255, (5, 5, 3), np.uint8)
+ACTIONS = spaces.Discrete(4)
+
+
+def write(path: Path, n_episodes: int = 12, length: int = 9, reward: float = 0.0, space: spaces.Space = SPACE) -> Path:
+    """Writes episodes of random boards whose first cell says which action comes next."""
+    rng = np.random.default_rng(0)
+    with DatasetWriter(path, space, ACTIONS) as writer:
+        for _ in range(n_episodes):
+            action = rng.integers(0, 4, length)
+            obs = rng.integers(0, 4, (length + 1, *space.shape)).astype(space.dtype)
+            rewards = reward * rng.normal(size=length).astype(np.float32)
+            writer.add(Episode(obs, action, rewards, terminated=True, truncated=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("pretrain") / "data")
+
+
+SMALL = {"updates": 30, "batch_size": 16, "log_every": 10, "checkpoint_every": 10, "encoder": "grid:features_dim=16"}
+
+
+def test_writes_an_encoder_with_where_it_came_from(data: Path, tmp_path: Path) -> None:
+    encoder = pretrain(data, out=tmp_path / "run", **SMALL)
+    loaded = load_encoder(tmp_path / "run")
+    obs = torch.as_tensor(SPACE.sample())[None]
+    assert torch.equal(loaded(obs), encoder(obs))
+    config = read_json(tmp_path / "run" / "encoder" / "config.json")
+    assert config["provenance"]["data_digest"] == Dataset(data).digest
+    assert config["provenance"]["reward_free_steps"] == 12 * 9
+    assert config["provenance"]["objectives"] == ["ae", "inverse"]
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [row["update"] for row in rows] == [10, 20, 30]
+    assert {"loss", "held_out_loss", "effective_rank", "feature_std", "feature_norm", "dead_units"} <= set(rows[0])
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert not (tmp_path / "run" / CHECKPOINT).exists()
+
+
+def test_learns(data: Path, tmp_path: Path) -> None:
+    pretrain(data, out=tmp_path / "run", objectives="ae", **{**SMALL, "updates": 300, "log_every": 50})
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["held_out_loss"] < 0.9 * rows[0]["held_out_loss"]
+
+
+@pytest.mark.parametrize("specs", [["ae", "inverse"], ["atc:lag=1"], ["spr:steps=2"]])
+def test_resuming_equals_an_unbroken_run(data: Path, tmp_path: Path, specs: list[str], monkeypatch) -> None:
+    whole = pretrain(data, out=tmp_path / "whole", objectives=specs, **SMALL)
+    loop = sys.modules["rlrep.pretrain"]._Loop
+    step = loop._step
+
+    def stop_at_25(self, batch):
+        if self.update == 25:
+            raise OSError("the power went")
+        return step(self, batch)
+
+    monkeypatch.setattr(loop, "_step", stop_at_25)
+    with pytest.raises(OSError, match="power"):
+        pretrain(data, out=tmp_path / "broken", objectives=specs, **SMALL)
+    monkeypatch.setattr(loop, "_step", step)
+    resumed = pretrain(data, out=tmp_path / "broken", objectives=specs, **SMALL)
+    assert resumed.digest() == whole.digest()
+    rows = [read_jsonl(tmp_path / run / "metrics.jsonl") for run in ("whole", "broken")]
+    assert [[(r["update"], r["loss"]) for r in run] for run in rows][0] == [(r["update"], r["loss"]) for r in rows[1]]
+
+
+def test_killed_then_resumed_equals_an_unbroken_run(data: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, "updates": 400, "checkpoint_every": 20}
+    whole = pretrain(data, out=tmp_path / "whole", **settings)
+    call = f"import rlrep; rlrep.pretrain({str(data)!r}, out={str(tmp_path / 'killed')!r}, **{settings!r})"
+    child = subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / CHECKPOINT).exists():
+        assert child.poll() is None, "ended before its first checkpoint"
+        os.sched_yield()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert pretrain(data, out=tmp_path / "killed", **settings).digest() == whole.digest()
+
+
+def test_ctrl_c_keeps_what_was_done(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    loop = sys.modules["rlrep.pretrain"]._Loop
+    step = loop._step
+
+    def interrupt(self, batch):
+        if self.update == 17:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(loop, "_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(data, out=tmp_path / "run", **SMALL)
+    assert "same command" in capsys.readouterr().out
+    monkeypatch.setattr(loop, "_step", step)
+    assert pretrain(data, out=tmp_path / "run", **SMALL).digest() == pretrain(data, out=tmp_path / "b", **SMALL).digest()
+
+
+def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(data: Path, tmp_path: Path) -> None:
+    first = pretrain(data, out=tmp_path / "run", **SMALL)
+    before = (tmp_path / "run" / "encoder" / "model.safetensors").stat().st_mtime_ns
+    assert pretrain(data, out=tmp_path / "run", **SMALL).digest() == first.digest()
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(RunError, match="batch_size is 16, asked for 8"):
+        pretrain(data, out=tmp_path / "run", **{**SMALL, "batch_size": 8})
+    pretrain(data, out=tmp_path / "run", **{**SMALL, "batch_size": 8}, overwrite=True)
+
+
+def test_other_data_is_refused(data: Path, tmp_path: Path) -> None:
+    pretrain(data, out=tmp_path / "run", **SMALL)
+    other = write(tmp_path / "other", n_episodes=7)
+    with pytest.raises(RunError, match="data_digest"):
+        pretrain(other, out=tmp_path / "run", **SMALL)
+
+
+def test_reward_changes_nothing(tmp_path: Path) -> None:
+    encoders = [
+        pretrain(write(tmp_path / f"data{r}", reward=r), out=tmp_path / f"run{r}", objectives=objectives.names(), **SMALL)
+        for r in (0.0, 100.0)
+    ]
+    assert encoders[0].digest() == encoders[1].digest()
+
+
+def test_the_callers_random_numbers_are_left_alone(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    pretrain(data, out=tmp_path / "run", **SMALL)
+    assert torch.equal(torch.rand(1), expected)
+
+
+class Explode(Objective):
+    """Gives a loss that is no number from the fifth batch on."""
+
+    calls = 0
+
+    def forward(self, batch):
+        self.calls += self.training
+        return self.features(batch, 1).mean() * (math.nan if self.calls > 4 else 1.0), {}
+
+
+def test_collapse_is_seen_and_warned_of(data: Path, tmp_path: Path, monkeypatch) -> None:
+    encoder = make_encoder("mlp:features_dim=16", SPACE)
+    assert not has_collapsed(collapse(encoder(torch.as_tensor(np.stack([SPACE.sample() for _ in range(64)])))))
+    assert has_collapsed(collapse(torch.ones(64, 16)))
+    line = torch.randn(64, 1) * torch.ones(1, 16)
+    assert effective_rank(line) == pytest.approx(1, abs=0.01)
+    assert effective_rank(torch.eye(16)) == pytest.approx(16, rel=0.01)
+    from rlrep.encoders.grid import Grid
+
+    monkeypatch.setattr(Grid, "forward", lambda self, obs: self.head[1].bias.expand(len(obs), -1) + 1.0)
+    with pytest.warns(CollapseWarning, match="collapsed at update 10"):
+        pretrain(data, out=tmp_path / "run", objectives="inverse", **SMALL)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_terms(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"the loss is nan .* at update 4 .*learning_rate"):
+        pretrain(data, out=tmp_path / "run", objectives=f"{__name__}:Explode", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"objectives": "inverze"}, SpecError, "Did you mean 'inverse'"),
+        ({"objectives": ["ae:rarety=1"]}, SpecError, "Did you mean 'rarity'"),
+        ({"objectives": []}, SpecError, "at least one objective"),
+        ({"encoder": "nature"}, ValueError, "use 'grid' or 'auto'"),
+        ({"encoder": "gridd"}, SpecError, "Did you mean 'grid'"),
+        ({"updates": 0}, ValueError, "updates must be at least 1"),
+        ({"held_out": 1.5}, ValueError, "held_out is a fraction"),
+    ],
+)
+def test_bad_settings_cost_nothing(data: Path, tmp_path: Path, settings: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        pretrain(data, out=tmp_path / "run", **{**SMALL, **settings})
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_episodes_to_hold_any_out(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", n_episodes=1)
+    with pytest.raises(DatasetError, match="1 episode"):
+        pretrain(one, out=tmp_path / "run", **SMALL)
+    pretrain(one, out=tmp_path / "run", held_out=0.0, **SMALL)
+
+
+def test_episodes_of_one_step(tmp_path: Path) -> None:
+    short = write(tmp_path / "short", n_episodes=20, length=1)
+    encoder = pretrain(short, out=tmp_path / "run", objectives=["ae", "inverse", "atc:lag=3", "spr"], **SMALL)
+    assert all(torch.isfinite(p).all() for p in encoder.parameters())
+
+
+def test_an_existing_folder_of_somebody_elses_is_never_touched(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("words")
+    with pytest.raises(RunError, match="did not write"):
+        pretrain(data, out=tmp_path / "thesis", overwrite=True, **SMALL)
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "words"
+
+
+def test_metrics_are_json(data: Path, tmp_path: Path) -> None:
+    pretrain(data, out=tmp_path / "run", **SMALL)
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

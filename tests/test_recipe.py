@@ -1,0 +1,86 @@
+"""Recipes: read, overridden, run in order, and skipped where done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rlrep.recipe import Recipe, load_recipe, run
+from rlrep.settings import SettingsError, dump_yaml, load_yaml
+
+ROOT = Path(__file__).parent.parent
+
+TINY = """
+env: rlrep/TinyGrid-v0:size=5
+collect: {steps: 400, n_envs: 4}
+pretrain: {updates: 20, batch_size: 16, log_every: 10, objectives: [ae], encoder: "grid:features_dim=16"}
+finetune:
+  arms: [scratch, frozen]
+  seeds: [0, 1]
+  steps: 128
+  n_envs: 2
+  eval_every: 64
+  eval_episodes: 2
+  settings: {n_steps: 16, batch_size: 16, n_epochs: 1}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(TINY)
+    return tmp_path
+
+
+def test_every_recipe_in_the_repository_can_be_read() -> None:
+    recipes = sorted((ROOT / "runs").rglob("recipe.yaml"))
+    assert recipes
+    for path in recipes:
+        recipe = load_recipe(path)
+        assert recipe.finetune.steps > 0
+
+
+def test_all_stages_run_then_are_skipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(load_recipe(folder), folder / "out")
+    printed = capsys.readouterr().out
+    assert all(f"[{i}/4]" in printed for i in (1, 2, 3, 4))
+    report = (folder / "out" / "report.md").read_text()
+    assert "frozen" in report
+    assert "400" in report, "the report states the reward-free steps"
+    files = {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("*") if p.is_file() and p.suffix != ".lock"}
+    kept = [p for p in files if p.name in ("model.safetensors", "scores.jsonl", "metrics.jsonl") or "data/c" in str(p)]
+    assert kept
+    run(load_recipe(folder), folder / "out")
+    assert all(p.stat().st_mtime_ns == files[p] for p in kept)
+
+
+def test_a_missing_stage_is_done_again(folder: Path) -> None:
+    run(load_recipe(folder), folder / "out")
+    (folder / "out" / "report.md").unlink()
+    run(load_recipe(folder), folder / "out")
+    assert (folder / "out" / "report.md").exists()
+
+
+def test_round_trip_through_yaml(folder: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(folder)
+    (tmp_path / "again.yaml").write_text(dump_yaml(recipe))
+    assert load_yaml(Recipe, tmp_path / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("collect: {steps", "collect: {stepz", r"line 3: .*'stepz'.*'steps'"),
+        ("env:", "enf:", r"line 2: .*'enf'.*'env'"),
+        ("seeds: [0, 1]", "seeds: zero", r"line 7: .*zero"),
+        ("updates: 20", "updates: many", r"line 4: .*many"),
+    ],
+)
+def test_mistakes_name_file_line_and_nearest_key(folder: Path, old: str, new: str, message: str) -> None:
+    (folder / "recipe.yaml").write_text(TINY.replace(old, new))
+    with pytest.raises(SettingsError, match=rf"recipe.yaml, {message}"):
+        load_recipe(folder)
+
+
+def test_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no recipe"):
+        load_recipe(tmp_path)
