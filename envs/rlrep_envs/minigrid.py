@@ -1,0 +1,219 @@
+"""MiniGrid and BabyAI: observation modes that Stable-Baselines3 accepts, fast exact pictures, and ground-truth factors.
+
+Symbols are MiniGrid's own encoding of the view, (v, v, 3) uint8: column, row, (object, colour, state). The agent looks
+up from the middle of the last row; its cell shows what it carries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from typing import Any, SupportsFloat
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from minigrid.core.constants import COLOR_TO_IDX, IDX_TO_COLOR, OBJECT_TO_IDX, STATE_TO_IDX
+from minigrid.core.grid import Grid
+from minigrid.core.world_object import Ball, Box, Door, Floor, Goal, Key, Lava, Wall, WorldObj
+from minigrid.envs.babyai.core.roomgrid_level import BabyAIMissionSpace
+from minigrid.wrappers import RGBImgObsWrapper
+
+from rlrep_envs import missions
+from rlrep_envs.spec import ObservationMode
+
+TILE = 8
+"""Pixels along a cell's side."""
+
+_SHAPE = (len(OBJECT_TO_IDX), len(COLOR_TO_IDX), len(STATE_TO_IDX), 2)
+_PLACES = np.array([_SHAPE[1] * _SHAPE[2] * _SHAPE[3], _SHAPE[2] * _SHAPE[3], _SHAPE[3]])
+_ROWS = np.arange(TILE)[:, None]
+
+
+def _object(kind: str, color: str, state: int) -> WorldObj | None:
+    """Returns the object that a symbol stands for, or None for a cell without one."""
+    match kind:
+        case "door":
+            return Door(color, is_open=state == STATE_TO_IDX["open"], is_locked=state == STATE_TO_IDX["locked"])
+        case "lava":
+            return Lava()
+        case "wall" | "floor" | "key" | "ball" | "box" | "goal":
+            return {"wall": Wall, "floor": Floor, "key": Key, "ball": Ball, "box": Box, "goal": Goal}[kind](color)
+        case _:
+            return None
+
+
+@functools.cache
+def _atlas() -> np.ndarray:
+    """Returns MiniGrid's own picture of every symbol, (symbols, TILE, TILE * 3) uint8."""
+    tiles = np.zeros((*_SHAPE, TILE, TILE, 3), np.uint8)
+    for kind, i in OBJECT_TO_IDX.items():
+        for j, color in IDX_TO_COLOR.items():
+            for state in STATE_TO_IDX.values():
+                thing = _object(kind, color, state)
+                held = thing if thing is not None and thing.can_pickup() else None
+                # What is not seen is not lit; the agent faces up (3), and its own cell shows only what it can carry.
+                tiles[i, j, state, 0] = Grid.render_tile(thing, highlight=kind != "unseen", tile_size=TILE)
+                tiles[i, j, state, 1] = Grid.render_tile(held, agent_dir=3, highlight=True, tile_size=TILE)
+    return tiles.reshape(-1, TILE, TILE * 3)
+
+
+def render_symbols(symbols: np.ndarray) -> np.ndarray:
+    """Draws views exactly as minigrid's `RGBImgPartialObsWrapper(tile_size=8)` does.
+
+    Args:
+        symbols: (N, v, v, 3) uint8, as the `grid` mode observes them.
+
+    Returns:
+        (N, 8v, 8v, 3) uint8 pictures.
+    """
+    n, v = symbols.shape[:2]
+    index = (symbols @ _PLACES).transpose(0, 2, 1)
+    index[:, v - 1, v // 2] += 1
+    return _atlas()[index[:, :, None, :], _ROWS].reshape(n, v * TILE, v * TILE, 3)
+
+
+class MiniGridObservation(gym.ObservationWrapper[Any, Any, Any]):
+    """Turns MiniGrid's observation into one of the modes of `EnvSpec.obs`.
+
+    A Box when only the view is observed; with the mission, a Dict of `image` and `mission`; `native` adds `direction`.
+
+    Args:
+        env: A MiniGrid or BabyAI environment.
+        mode: `native` and `grid` observe symbols, `rgb` pictures of them, `rgb_full` a picture of the whole board.
+        mission: Whether to observe the mission as tokens; `"auto"` as `EnvSpec.mission` says.
+    """
+
+    def __init__(self, env: gym.Env, mode: ObservationMode = "native", mission: bool | str = "auto") -> None:
+        super().__init__(RGBImgObsWrapper(env, tile_size=TILE) if mode == "rgb_full" else env)
+        view = self.env.observation_space
+        assert isinstance(view, spaces.Dict)
+        if mission == "auto":
+            mission = mode == "native" or _varies(view["mission"])
+        self.mode, self.mission = mode, mission
+        image = view["image"]
+        if mode == "rgb":
+            side = TILE * image.shape[0]  # type: ignore[index]
+            image = spaces.Box(0, 255, (side, side, 3), np.uint8)
+        parts: dict[str, gym.Space] = {"image": image}
+        if mode == "native":
+            parts["direction"] = view["direction"]
+        if mission:
+            parts["mission"] = missions.space()
+        self.observation_space = spaces.Dict(parts) if len(parts) > 1 or mode == "native" else image
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Resets; without BabyAI's messages about the sentences it rejected."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            obs, info = self.env.reset(seed=seed, options=options)
+        board: Any = self.unwrapped
+        if board.carrying is not None and self.mode != "rgb_full":
+            # BabyAI's PutNext...Carrying hands the object over after it has made the observation.
+            obs = board.gen_obs()
+        return self.observation(obs), info
+
+    def observation(self, observation: dict[str, Any]) -> Any:
+        """Returns the observation in this mode."""
+        image = observation["image"]
+        if self.mode == "rgb":
+            image = render_symbols(image[None])[0]
+        if not isinstance(self.observation_space, spaces.Dict):
+            return image
+        parts = {"image": image}
+        if self.mode == "native":
+            parts["direction"] = observation["direction"]
+        if self.mission:
+            parts["mission"] = missions.tokenise(observation["mission"])
+        return parts
+
+
+def _varies(mission: gym.Space) -> bool:
+    """Returns whether the mission differs between episodes, so that it cannot be left out."""
+    if isinstance(mission, BabyAIMissionSpace):
+        return True
+    return any(len(choices) > 1 for choices in getattr(mission, "ordered_placeholders", None) or ())
+
+
+class Factors(gym.Wrapper[Any, Any, Any, Any]):
+    """Adds the ground truth of the state as `info["factors"]`, a dict of integers, to every reset and step.
+
+    agent_x, agent_y, agent_dir: the agent.
+    carrying, carrying_color: MiniGrid's object and colour index; 0 and -1 with empty hands.
+    doors_open, doors_locked: how many.
+    key_x, key_y: one key, followed through the episode: the first in reading order, or where all are hidden in boxes,
+        the first of those; -1 while it is carried or hidden, and where there is none.
+    room: the parts that walls and doors separate, numbered in reading order; in a doorway, the room last visited.
+    """
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Resets, and reads the new board once."""
+        obs, info = self.env.reset(seed=seed, options=options)
+        board: Any = self.unwrapped
+        width = board.grid.width
+        things = [((i % width, i // width), thing) for i, thing in enumerate(board.grid.grid) if thing is not None]
+        self._doors = [thing for _, thing in things if thing.type == "door"]
+        carried = [((-1, -1), board.carrying)] if board.carrying is not None else []
+        hidden = [((-1, -1), thing.contains) for _, thing in things if thing.contains is not None]
+        keys = [(cell, thing) for cell, thing in [*things, *carried, *hidden] if thing.type == "key"]
+        self._key_cell: tuple[int, int]
+        self._key: Any
+        self._key_cell, self._key = keys[0] if keys else ((-1, -1), None)
+        solid = {cell for cell, thing in things if thing.type in ("wall", "door")}
+        cells = [(x, y) for y in range(board.grid.height) for x in range(width)]
+        self._rooms = _components([cell for cell in cells if cell not in solid])
+        self._room = 0
+        info["factors"] = self._read()
+        return obs, info
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        """Steps; the factors are those of the state that is returned."""
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        info["factors"] = self._read()
+        return obs, reward, terminated, truncated, info
+
+    def _read(self) -> dict[str, int]:
+        board: Any = self.unwrapped
+        x, y = map(int, board.agent_pos)
+        self._room = self._rooms.get((x, y), self._room)
+        if self._key is not None:
+            self._key_cell = self._find_key(board)
+        held = board.carrying
+        return {
+            "agent_x": x,
+            "agent_y": y,
+            "agent_dir": int(board.agent_dir),
+            "carrying": 0 if held is None else OBJECT_TO_IDX[held.type],
+            "carrying_color": -1 if held is None else COLOR_TO_IDX[held.color],
+            "doors_open": sum(door.is_open for door in self._doors),
+            "doors_locked": sum(door.is_locked for door in self._doors),
+            "key_x": self._key_cell[0],
+            "key_y": self._key_cell[1],
+            "room": self._room,
+        }
+
+    def _find_key(self, board: Any) -> tuple[int, int]:
+        """Returns where the key is. It can only have stayed, or appeared in front of the agent, dropped or unpacked."""
+        if self._key_cell[0] >= 0 and board.grid.get(*self._key_cell) is self._key:
+            return self._key_cell
+        x, y = map(int, board.front_pos)
+        return (x, y) if board.grid.get(x, y) is self._key else (-1, -1)
+
+
+def _components(cells: list[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """Returns the number of the connected part that each cell is in; parts are numbered in the order of `cells`."""
+    number: dict[tuple[int, int], int] = {}
+    free, parts = set(cells), 0
+    for start in cells:
+        if start not in free:
+            continue
+        free.remove(start)
+        frontier = [start]
+        while frontier:
+            x, y = cell = frontier.pop()
+            number[cell] = parts
+            beside = free.intersection([(x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1)])
+            free -= beside
+            frontier += beside
+        parts += 1
+    return number
