@@ -40,7 +40,7 @@ class FrameStack(VecEnvWrapper):
         """Resets every environment; its first observation fills its stack."""
         obs = self.venv.reset()
         self._stack = {key: np.tile(_parts(obs)[key], self._k) for key in self._width}
-        return self._join(obs, self._stack)
+        return _join(obs, self._stack)
 
     def step_wait(self) -> VecEnvStepReturn:
         """Appends the new observation; a finished episode's last stack is in `terminal_observation`."""
@@ -51,14 +51,14 @@ class FrameStack(VecEnvWrapper):
         for i in np.flatnonzero(dones):
             last = infos[i]["terminal_observation"]
             ended = {key: np.concatenate([recent[key][i], _parts(last)[key]], axis=-1) for key in self._width}
-            infos[i]["terminal_observation"] = self._join(last, ended)
+            infos[i]["terminal_observation"] = _join(last, ended)
             for key in self._width:
                 self._stack[key][i] = np.tile(parts[key][i], self._k)
-        return self._join(obs, self._stack), rewards, dones, infos
+        return _join(obs, self._stack), rewards, dones, infos
 
-    def _join(self, obs: Any, stack: dict[str, np.ndarray]) -> Any:
-        copies = {key: frames.copy() for key, frames in stack.items()}
-        return {**obs, **copies} if isinstance(obs, dict) else copies[""]
+
+def _join(obs: Any, stack: dict[str, np.ndarray]) -> Any:
+    return {**obs, **stack} if isinstance(obs, dict) else stack[""]
 
 
 def _parts(obs: Any) -> dict[str, np.ndarray]:

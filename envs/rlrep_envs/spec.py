@@ -153,7 +153,7 @@ class EnvSpec:
         self._check_choice("obs", get_args(ObservationMode))
         if self.distraction is not None:
             self._check_choice("distraction", get_args(Distraction))
-        if self.mission not in (True, False, "auto") or isinstance(self.mission, int) != isinstance(self.mission, bool):
+        if self.mission != "auto" and not isinstance(self.mission, bool):
             raise ValueError(f"mission={self.mission!r} of {self.id} is not one of auto, true, false")
         if type(self.frame_stack) is not int or self.frame_stack < 1:
             raise ValueError(f"frame_stack={self.frame_stack!r} of {self.id} is not a whole number of at least 1")
