@@ -39,8 +39,8 @@ def map_jobs(
     """Runs `function(job)` for every job, at most `n_workers` at a time, and yields (job, result) as each one ends.
 
     Every job gets a fresh process with one thread for torch. One that raises, exits or is killed yields a `JobFailure`,
-    and the others go on. Leaving the loop, by Ctrl-C or otherwise, stops every child; should this process be killed, they
-    stop by themselves. As with all spawned processes, a script calls this under `if __name__ == "__main__":`.
+    and the others go on. Leaving the loop, by Ctrl-C or otherwise, stops every child; should this process be killed,
+    they stop by themselves. As with all spawned processes, a script calls this under `if __name__ == "__main__":`.
 
     Args:
         function: A function at the top level of a module; it, the jobs and its results are pickled.
