@@ -99,27 +99,29 @@ class NoisyTV(_Distraction):
 
 
 class Background(_Distraction):
-    """A dim texture of coloured blocks in place of the floor, new each episode, still or drifting by a pixel a step.
+    """A dim texture of coloured blocks behind everything, new each episode, still or drifting by a pixel a step.
 
-    Args:
-        env: An environment that observes RGB pictures.
-        floor: The grey levels that are floor: 0 for unlit, 76 for lit cells of MiniGrid.
+    It shows wherever the picture is black or has the grey of MiniGrid's lit floor; what is not seen differs from empty
+    floor by its darker grid lines only.
 
     Raises:
         ValueError: No picture to observe.
     """
 
+    floor = (0, 76)
+    """Grey levels."""
+
     block = 4
     """Pixels along a block's side."""
 
-    def __init__(self, env: gym.Env, floor: tuple[int, ...] = (0, 76)) -> None:
+    def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
         if max(self._shape[:2]) < SMALLEST_PICTURE or self._shape[2] != 3:
             raise ValueError(
                 f"distraction=background is for RGB pictures, and this environment observes {env.observation_space}; "
                 "in MiniGrid, use obs=rgb or obs=rgb_full"
             )
-        self._is_floor = np.isin(np.arange(256), floor)
+        self._is_floor = np.isin(np.arange(256), self.floor)
 
     def _begin(self, rng: np.random.Generator) -> None:
         height, width = self._shape[:2]

@@ -47,8 +47,7 @@ def make_env(spec: str | Mapping[str, Any] | EnvSpec, factors: bool = True) -> g
                 raise ValueError(f"distraction=noisy_tv needs an action that does nothing, and {spec.id} has none")
             env = NoisyTV(env)
         case "background":
-            # What the agent does not see stays black.
-            env = Background(env, floor=(76,)) if spec.obs == "rgb" else Background(env)
+            env = Background(env)
     return env
 
 

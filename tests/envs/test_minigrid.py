@@ -149,6 +149,7 @@ def test_what_is_observed(spec: str, parts: Any) -> None:
     assert env.step(env.action_space.sample())[0] in space
 
 
+@pytest.mark.filterwarnings("ignore:.*is out of date:DeprecationWarning")
 def test_every_mission_has_known_words_and_fits() -> None:
     longest = 0
     for id in IDS:
