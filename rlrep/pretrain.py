@@ -192,6 +192,7 @@ class _Loop:
         self.learning_rate = settings["learning_rate"]
         self.update, self.seconds = 0, 0.0
         self._held_batch: Batch | None = None
+        self._warned = False
 
     def run(self) -> tuple[float, dict[str, float]]:
         """Trains to the end; returns the seconds it took and the last metrics."""
@@ -265,7 +266,8 @@ class _Loop:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **found,
         }
-        if has_collapsed(found):
+        if has_collapsed(found) and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"the features have collapsed at update {self.update}: effective rank {found['effective_rank']:.2f} of "
                 f"{self.objective.encoder.features_dim}, mean deviation {found['feature_std']:.4f}. A policy will not "

@@ -85,9 +85,12 @@ class Registry(Generic[C]):
         if ":" in name:
             module, _, attribute = name.partition(":")
             try:
-                return getattr(importlib.import_module(module), attribute)
+                cls: C = getattr(importlib.import_module(module), attribute)
             except (ImportError, AttributeError) as error:
                 raise SpecError(f"{self.kind} {name!r} cannot be imported: {error}") from error
+            if "name" not in vars(cls):
+                cls.name = name  # type: ignore[attr-defined]
+            return cls
         raise SpecError(
             f"there is no {self.kind} called {name!r}.{nearest(name, self.names())} "
             f"The {self.kind}s are: {', '.join(self.names())}."

@@ -9,16 +9,17 @@ DEAD = 0.01
 """A feature whose standard deviation over observations is below this says nothing; encoders end in layer
 normalisation, which makes 1 the usual size."""
 
-LOWEST_RANK = 2.0
-"""Below this effective rank the features hold one direction, whatever their width."""
+LOWEST_RANK = 1.5
+"""Below this effective rank the features vary along one direction, whatever their width."""
 
 
 def effective_rank(features: Tensor) -> float:
     """Returns RankMe of (N, D) features: the exponential of the entropy of their singular values (arXiv:2210.02885).
 
-    Between 1, all rows on one line, and min(N, D).
+    Features are centred first: what they have in common tells no two observations apart. Between 1, all rows on one line,
+    and min(N, D).
     """
-    values = torch.linalg.svdvals(features.float())
+    values = torch.linalg.svdvals(features.float() - features.float().mean(dim=0))
     p = values / values.sum().clamp(min=1e-12)
     return float(torch.exp(-(p * torch.log(p + 1e-12)).sum()))
 
