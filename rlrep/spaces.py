@@ -40,9 +40,7 @@ def kind(space: Space) -> Kind:
             height, width, channels = space.shape
             small = max(height, width) < SMALLEST_PICTURE
             return "grid" if small and channels % SYMBOLS == 0 else "picture"
-        # Bytes are memory, as Atari's, not words.
-        words = np.issubdtype(space.dtype, np.integer) and space.dtype != np.uint8
-        if words and len(space.shape) == 1 and _bounded_by_one(space):
+        if np.issubdtype(space.dtype, np.integer) and len(space.shape) == 1 and _is_vocabulary(space):
             return "tokens"
         return "vector"
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
@@ -53,8 +51,10 @@ def kind(space: Space) -> Kind:
     )
 
 
-def _bounded_by_one(space: spaces.Box) -> bool:
-    return bool(np.all(space.low == 0) and np.all(space.high == space.high[0]) and space.high[0] < 2**16)
+def _is_vocabulary(space: spaces.Box) -> bool:
+    """Whether all entries go from 0 to one bound; the whole range of a byte is memory, as Atari's, and no vocabulary."""
+    one_bound = np.all(space.low == 0) and np.all(space.high == space.high[0])
+    return bool(one_bound and space.high[0] < 2**16 and (space.dtype != np.uint8 or space.high[0] < 255))
 
 
 def vocabulary_size(space: Space) -> int:
