@@ -1,1 +1,48 @@
-"""Unsupervised pre-training for Stable-Baselines3."""
+"""Unsupervised pre-training for Stable-Baselines3: explore without reward, learn an encoder, fine-tune with few rewards.
+
+The four verbs are `collect`, `pretrain`, `finetune` and `report`; `run` does them all from a recipe.
+"""
+
+from importlib.metadata import version as _version
+
+from rlrep_envs import EnvSpec, make_env, make_vec_env
+
+from rlrep.collect import collect
+from rlrep.dataset import Dataset, DatasetWriter
+from rlrep.encoders import Encoder, load_encoder, make_encoder
+from rlrep.evaluate.report import report
+from rlrep.explore import Bonus
+from rlrep.finetune import finetune
+from rlrep.objectives import Objective, make_objective
+from rlrep.pretrain import pretrain
+from rlrep.recipe import load_recipe, run
+from rlrep.sb3 import LatentVecEnv, policy_kwargs
+from rlrep.types import Batch, Episode, RlrepError, Transition
+
+__version__ = _version("rlrep")
+
+__all__ = [
+    "Batch",
+    "Bonus",
+    "Dataset",
+    "DatasetWriter",
+    "Encoder",
+    "EnvSpec",
+    "Episode",
+    "LatentVecEnv",
+    "Objective",
+    "RlrepError",
+    "Transition",
+    "collect",
+    "finetune",
+    "load_encoder",
+    "load_recipe",
+    "make_encoder",
+    "make_env",
+    "make_objective",
+    "make_vec_env",
+    "policy_kwargs",
+    "pretrain",
+    "report",
+    "run",
+]

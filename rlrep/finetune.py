@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -281,7 +281,7 @@ class _Evaluate(BaseCallback):
         began = time.perf_counter()
         # Equal starts at every evaluation and in every arm: what differs is the policy.
         self.evaluation.seed(self.seed)
-        returns, lengths = evaluate_policy(
+        found = evaluate_policy(
             self.model,
             self.evaluation,
             n_eval_episodes=self.job["eval_episodes"],
@@ -289,6 +289,7 @@ class _Evaluate(BaseCallback):
             return_episode_rewards=True,
             warn=False,
         )
+        returns, lengths = cast(tuple[list[float], list[int]], found)
         row = {
             "arm": self.job["arm"].name,
             "seed": self.job["seed"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlrep.collect import collect
 from rlrep.evaluate.report import Summary, report
@@ -16,7 +16,9 @@ RECIPE = "recipe.yaml"
 
 # A stage's settings are the keywords of its function: stated there, once.
 if TYPE_CHECKING:
-    Collect = Pretrain = Finetune = Any
+    from typing import Any as Collect
+    from typing import Any as Finetune
+    from typing import Any as Pretrain
 else:
     Collect = settings_of(collect, omit=("env", "out", "overwrite"), name="Collect")
     Pretrain = settings_of(pretrain, omit=("data", "out", "overwrite"), name="Pretrain")
