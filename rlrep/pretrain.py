@@ -242,8 +242,8 @@ class _Loop:
         if not math.isfinite(float(loss.detach())) or not math.isfinite(float(norm)):
             terms = ", ".join(f"{name}={float(value):.4g}" for name, value in metrics.items())
             raise RunError(
-                f"the loss is {float(loss.detach()):.4g} and its gradient's norm {float(norm):.4g} at update {self.update} "
-                f"({terms}). Nothing of this update was kept. Try a lower learning_rate than {self.learning_rate}, or "
+                f"the loss is {float(loss.detach()):.4g} and its gradient's norm {float(norm):.4g} "
+                f"at update {self.update} ({terms}). Nothing of this update was kept. Try a lower learning_rate than {self.learning_rate}, or "
                 "check the data: rlrep data verify"
             )
         self.optimizer.step()

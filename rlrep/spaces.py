@@ -52,7 +52,7 @@ def kind(space: Space) -> Kind:
 
 
 def _is_vocabulary(space: spaces.Box) -> bool:
-    """Whether all entries go from 0 to one bound; the whole range of a byte is memory, as Atari's, and no vocabulary."""
+    """Whether all entries go from 0 to one bound; the whole range of a byte is memory, as Atari's, not words."""
     one_bound = np.all(space.low == 0) and np.all(space.high == space.high[0])
     return bool(one_bound and space.high[0] < 2**16 and (space.dtype != np.uint8 or space.high[0] < 255))
 

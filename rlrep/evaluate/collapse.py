@@ -16,8 +16,8 @@ LOWEST_RANK = 1.5
 def effective_rank(features: Tensor) -> float:
     """Returns RankMe of (N, D) features: the exponential of the entropy of their singular values (arXiv:2210.02885).
 
-    Features are centred first: what they have in common tells no two observations apart. Between 1, all rows on one line,
-    and min(N, D).
+    Features are centred first: what they have in common tells no two observations apart. Between 1, all rows on one
+    line, and min(N, D).
     """
     values = torch.linalg.svdvals(features.float() - features.float().mean(dim=0))
     p = values / values.sum().clamp(min=1e-12)
