@@ -205,42 +205,77 @@ def _reading(folder: Path, name: str) -> Iterator[None]:
 
 
 class _Column:
-    """One Zarr array that grows at its end.
+    """One Zarr array that grows at its end, and the rows that wait to be written.
 
     The rows of the last, partly filled shard stay in memory, so that a shard is always written whole and never read.
+    New rows are collected in one block while another is written; both are used again and again, since fresh memory
+    costs more than all the copying.
 
     Args:
         folder: The dataset's folder.
         name: The array's path in it.
-        rows: How many rows are committed; more are cut off.
-        metadata: Of a new array.
+        dtype: Of a new array.
+        row_shape: Of a new array.
+        rows: How many rows of an existing array are committed; more are cut off. 0 makes a new one.
     """
 
-    def __init__(self, folder: Path, name: str, rows: int, metadata: dict[str, Any] | None = None) -> None:
-        spec = _spec(folder, name)
-        if metadata is not None:
-            self._store = ts.open({**spec, "metadata": metadata}, create=True, delete_existing=True).result()
-        else:
+    def __init__(
+        self, folder: Path, name: str, dtype: np.dtype | None = None, row_shape: tuple[int, ...] = (), rows: int = 0
+    ) -> None:
+        if rows:
             with _reading(folder, name):
-                self._store = ts.open(spec).result()
-                self._store = self._resized(rows).result()
-        self._shard: int = cast(Any, self._store.chunk_layout.write_chunk.shape)[0]
-        self.rows = rows
-        self.dtype = self._store.dtype.numpy_dtype
+                store = ts.open(_spec(folder, name)).result()
+                self.store = _resize(store, rows).result()
+        else:
+            spec = {**_spec(folder, name), "metadata": _metadata(np.dtype(dtype), row_shape)}
+            self.store = ts.open(spec, create=True, delete_existing=True).result()
+        self.dtype = self.store.dtype.numpy_dtype
+        self._shard: int = cast(Any, self.store.chunk_layout.write_chunk.shape)[0]
+        self._start = rows - rows % self._shard
         with _reading(folder, name):
-            self._tail: np.ndarray = self._store[rows - rows % self._shard : rows].read().result()
+            self._block: np.ndarray = self.store[self._start : rows].read().result()
+        self._filled = len(self._block)
+        self._spare = self._block[:0]
 
-    def _resized(self, rows: int) -> ts.Future:
-        return self._store.resize(exclusive_max=[rows, *self._store.shape[1:]])
+    def extend(self, values: np.ndarray, rows: int) -> None:
+        """Copies values to the end of the block, and zeros where there are fewer than `rows`."""
+        end = self._filled + rows
+        self._block = _grown(self._block, end, self._filled)
+        self._block[self._filled : self._filled + len(values)] = values
+        self._block[self._filled + len(values) : end] = 0
+        self._filled = end
 
-    def append(self, blocks: list[np.ndarray]) -> ts.WriteFutures:
-        """Starts writing blocks of rows, which must not be changed afterwards; the result says when it is done."""
-        start = self.rows - len(self._tail)
-        block = np.concatenate([self._tail, *blocks])
-        self.rows = start + len(block)
-        self._store = self._resized(self.rows).result()
-        self._tail = block[len(block) - len(block) % self._shard :].copy()
-        return self._store[start : self.rows].write(block, can_reference_source_data_indefinitely=True)
+    def take(self) -> tuple[int, np.ndarray]:
+        """Returns the block to write and its first row; it stays as it is until the next call."""
+        start, block, filled = self._start, self._block, self._filled
+        whole = filled - filled % self._shard
+        self._block = _grown(self._spare, filled - whole, 0)
+        self._block[: filled - whole] = block[whole:filled]
+        self._spare, self._start, self._filled = block, start + whole, filled - whole
+        return start, block[:filled]
+
+
+def _resize(store: ts.TensorStore, rows: int) -> ts.Future[ts.TensorStore]:
+    return store.resize(exclusive_max=[rows, *store.shape[1:]])
+
+
+def _write(work: Sequence[tuple[_Column, int, np.ndarray]]) -> None:
+    """Writes a block of rows to each column, from a first row on; all at once, since most of the time is waiting."""
+    resized = [_resize(column.store, start + len(block)) for column, start, block in work]
+    for (column, _, _), future in zip(work, resized, strict=True):
+        column.store = future.result()
+    writes = [column.store[start : start + len(block)].write(block) for column, start, block in work]
+    for write in writes:
+        write.result()
+
+
+def _grown(block: np.ndarray, rows: int, keep: int) -> np.ndarray:
+    """Returns a block with room for `rows`, whose first `keep` rows are those of the given one."""
+    if len(block) >= rows:
+        return block
+    bigger = np.empty((max(rows, 2 * len(block)), *block.shape[1:]), dtype=block.dtype)
+    bigger[:keep] = block[:keep]
+    return bigger
 
 
 class DatasetWriter:
@@ -297,7 +332,7 @@ class DatasetWriter:
         }
         self._meta = json.loads(json.dumps(meta))
 
-        self._episodes = 0
+        self._episodes = self._committed_rows = 0
         resume = self._occupied() and not overwrite
         with contextlib.ExitStack() as stack:
             with self._writing():
@@ -305,9 +340,9 @@ class DatasetWriter:
                 self._open(collector, resume)
             self._worker = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlrep-writer"))
             self._stack = stack.pop_all()
-        self._rows: list[dict[str, np.ndarray]] = []
+        self._lengths: list[int] = []
         self._info: list[tuple[int, ...]] = []
-        self._buffered = self._buffered_bytes = 0
+        self._buffered_bytes = 0
         self._pending: Future[None] | None = None
         self._failure: Exception | None = None
         self._closed = False
@@ -323,10 +358,9 @@ class DatasetWriter:
 
     def _open(self, collector: Any, resume: bool) -> None:
         """Starts a new dataset, or cuts off what a killed writer left beyond the commit record."""
-        rows = 0
         if resume:
             found = _read_meta(self.path)
-            self._episodes, rows = _read_commit(self.path)
+            self._episodes, self._committed_rows = _read_commit(self.path)
             if self._episodes and (changed := _differing(found, self._meta)):
                 raise DatasetError(
                     f"{self.path} holds another kind of dataset: {'; '.join(changed)}. "
@@ -346,23 +380,24 @@ class DatasetWriter:
             {"first_episode": self._episodes, "collector": collector, "provenance": provenance(seed)}
         )
         write_json(self.path / META, self._meta)
-        self._table: dict[str, _Column] = {}
         self._steps: dict[str, _Column] = {}
+        self._table: dict[str, _Column] = {}
         if self._episodes:
             names = [*self._spaces, *FLAGS, *(f"factor/{name}" for name in self._factors)]
-            self._steps = {name: _Column(self.path, name, rows) for name in names}
-            self._table = {name: _Column(self.path, f"episode/{name}", self._episodes) for name in TABLE}
-        self._factor_dtypes = {name: self._steps[f"factor/{name}"].dtype for name in self._factors if self._episodes}
+            self._steps = {name: _Column(self.path, name, rows=self._committed_rows) for name in names}
+            self._table = {name: _Column(self.path, f"episode/{name}", rows=self._episodes) for name in TABLE}
 
     def _create(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Creates every array, now that the first episode has told the factors' dtypes."""
+        """Creates every array; the first episode decides the factors' dtypes."""
         for group in sorted({str(parent) for name in [*columns, "episode/start"] for parent in Path(name).parents}):
             write_json(self.path / group / GROUP, {"zarr_format": 3, "node_type": "group", "attributes": {}})
         for name, rows in columns.items():
-            self._steps[name] = _Column(self.path, name, 0, _metadata(rows.dtype, rows.shape[1:]))
+            dtype = FLAGS.get(name, self._spaces[name].dtype if name in self._spaces else rows.dtype)
+            self._steps[name] = _Column(self.path, name, np.dtype(cast(Any, dtype)), rows.shape[1:])
         for name in TABLE:
-            dtype, shape = (np.uint8, (DIGEST_BYTES,)) if name == "digest" else (np.int64, ())
-            self._table[name] = _Column(self.path, f"episode/{name}", 0, _metadata(np.dtype(dtype), shape))
+            is_digest = name == "digest"
+            kind_of = np.dtype(np.uint8 if is_digest else np.int64)
+            self._table[name] = _Column(self.path, f"episode/{name}", kind_of, (DIGEST_BYTES,) if is_digest else ())
 
     @property
     def n_episodes(self) -> int:
@@ -372,7 +407,7 @@ class DatasetWriter:
     @property
     def n_transitions(self) -> int:
         """Committed transitions, those that were already there included."""
-        return self._steps["action"].rows - self._episodes if self._episodes else 0
+        return self._committed_rows - self._episodes
 
     def add(self, episode: Episode) -> None:
         """Buffers one episode; its arrays are copied.
@@ -383,11 +418,16 @@ class DatasetWriter:
         """
         self._check_usable()
         columns, info = self._checked(episode)
-        self._rows.append(columns)
+        if not self._steps:
+            with self._writing():
+                self._create(columns)
+        rows = len(episode) + 1
+        for name, values in columns.items():
+            self._steps[name].extend(values, rows)
+        self._lengths.append(rows)
         self._info.append(info)
-        self._buffered += len(episode) + 1
-        self._buffered_bytes += sum(rows.nbytes for rows in columns.values())
-        if self._buffered >= self._flush_every or self._buffered_bytes >= COMMIT_BYTES:
+        self._buffered_bytes += sum(values.nbytes for values in columns.values())
+        if sum(self._lengths) >= self._flush_every or self._buffered_bytes >= COMMIT_BYTES:
             self._start_commit()
 
     def flush(self) -> None:
@@ -429,44 +469,48 @@ class DatasetWriter:
 
     def _start_commit(self) -> None:
         self._wait()
-        if self._rows:
-            self._pending = self._worker.submit(self._commit, self._rows, self._info)
-            self._rows, self._info, self._buffered, self._buffered_bytes = [], [], 0, 0
+        if self._lengths:
+            blocks = {name: column.take() for name, column in self._steps.items()}
+            self._pending = self._worker.submit(self._commit, blocks, self._lengths, self._info)
+            self._lengths, self._info, self._buffered_bytes = [], [], 0
 
     def _wait(self) -> None:
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
-    def _commit(self, episodes: list[dict[str, np.ndarray]], info: list[tuple[int, ...]]) -> None:
-        """Writes episodes, then the record that makes them exist; after one failure, nothing is written any more."""
+    def _commit(self, *work: Any) -> None:
+        """Writes episodes in the background; after one failure, nothing is written any more."""
         if self._failure is not None:
             raise self._failure
         try:
             with self._writing():
-                self._write(episodes, info)
+                self._append(*work)
         except Exception as error:
             self._failure = error
             raise
 
-    def _write(self, episodes: list[dict[str, np.ndarray]], info: list[tuple[int, ...]]) -> None:
-        if not self._steps:
-            self._create(episodes[0])
-        lengths = np.array([len(columns["action"]) for columns in episodes])
-        digests = [_digest(columns, i) for columns, i in zip(episodes, info, strict=True)]
+    def _append(self, blocks: dict[str, tuple[int, np.ndarray]], rows: list[int], info: list[tuple[int, ...]]) -> None:
+        """Writes blocks of columns that end in episodes of these numbers of rows, then the record that counts them."""
+        ends = self._committed_rows + np.cumsum(rows)
+        starts = ends - rows
+        digests = [
+            _digest({name: block[lo - first : hi - first] for name, (first, block) in blocks.items()}, row)
+            for lo, hi, row in zip(starts, ends, info, strict=True)
+        ]
         table = {
-            "start": self._steps["action"].rows + np.cumsum(lengths) - lengths,
-            "length": lengths - 1,
+            "start": starts,
+            "length": np.array(rows) - 1,
             **dict(zip(INFO, np.array(info, dtype=np.int64).T, strict=True)),
             "digest": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
         }
-        futures = [self._table[name].append([rows]) for name, rows in table.items()]
-        futures += [column.append([e[name] for e in episodes]) for name, column in self._steps.items()]
-        for future in futures:
-            future.result()
-        record = {"episodes": self._episodes + len(episodes), "rows": self._steps["action"].rows}
+        for name, values in table.items():
+            self._table[name].extend(values, len(values))
+        work = [(self._steps[name], *block) for name, block in blocks.items()]
+        _write([*work, *((column, *column.take()) for column in self._table.values())])
+        record = {"episodes": self._episodes + len(rows), "rows": int(ends[-1])}
         write_json(self.path / COMMIT, record)
-        self._episodes = record["episodes"]
+        self._episodes, self._committed_rows = record["episodes"], record["rows"]
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -479,8 +523,8 @@ class DatasetWriter:
             ) from error
 
     def _checked(self, episode: Episode) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
-        """Returns an episode as columns of T+1 rows and its place in the episode table."""
-        at = f"{self.path}: episode {self._episodes + len(self._rows)}"
+        """Returns an episode as columns of up to T+1 rows, and what the episode table says of it."""
+        at = f"{self.path}: episode {self._episodes + len(self._lengths)}"
         rows = len(episode) + 1
         values = {**_flat(episode.obs), "action": episode.action}
         if values.keys() != self._spaces.keys():
@@ -490,7 +534,7 @@ class DatasetWriter:
         if unknown := set(episode.info) - set(INFO):
             raise DatasetError(f"{at} has info {sorted(unknown)}; the episode table has {', '.join(INFO)}")
 
-        columns = {}
+        columns: dict[str, np.ndarray] = {}
         for name, space in self._spaces.items():
             value = np.asarray(values[name])
             dtype, shape = np.dtype(cast(Any, space.dtype)), _row_shape(space)
@@ -504,27 +548,26 @@ class DatasetWriter:
                 )
             _check_finite(value, at, name)
             _check_inside(value, space, at, name)
-            columns[name] = _padded(value, rows, dtype)
+            columns[name] = value
         reward = np.asarray(episode.reward)
         if reward.shape != (rows - 1,):
             raise DatasetError(f"{at}: reward has shape {reward.shape}, not {(rows - 1,)}")
         with np.errstate(over="ignore"):
-            columns["reward"] = _padded(reward, rows, FLAGS["reward"])
+            columns["reward"] = reward.astype(FLAGS["reward"])
         _check_finite(columns["reward"], at, "reward")
         for name, flag in (("terminated", episode.terminated), ("truncated", episode.truncated)):
-            columns[name] = np.zeros(rows, dtype=bool)
+            columns[name] = np.zeros(rows, dtype=FLAGS[name])
             columns[name][-2] = flag
         for name in self._factors:
             column = f"factor/{name}"
             value = np.asarray(episode.factors[name])
             if value.dtype.kind not in "biuf":
                 raise DatasetError(f"{at}: {column!r} is {value.dtype}; a factor is numbers")
-            # The first episode decides.
-            dtype = self._factor_dtypes.setdefault(name, value.dtype)
+            dtype = self._steps[column].dtype if self._steps else value.dtype
             if value.shape != (rows,) or not np.can_cast(value.dtype, dtype, "safe"):
                 raise DatasetError(f"{at}: {column!r} is {value.dtype} {value.shape}; it must be {dtype} {(rows,)}")
             _check_finite(value, at, column)
-            columns[column] = _padded(value, rows, dtype)
+            columns[column] = value
         try:
             info = np.array([episode.info.get(key, -1) for key in INFO], dtype=np.int64)
         except OverflowError as error:
@@ -574,14 +617,6 @@ def _check_inside(value: np.ndarray, space: Space, at: str, name: str) -> None:
     if outside.any():
         step = int(np.argmax(outside))
         raise DatasetError(f"{at}, step {step}: {name!r} is {value[step]}, outside its space {space}")
-
-
-def _padded(value: np.ndarray, rows: int, dtype: np.dtype) -> np.ndarray:
-    """Copies a column to `rows` rows, zeros at the end where it has fewer."""
-    out = np.empty((rows, *value.shape[1:]), dtype=dtype)
-    out[: len(value)] = value
-    out[len(value) :] = 0
-    return out
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
