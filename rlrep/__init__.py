@@ -1,4 +1,4 @@
-"""Unsupervised pre-training for Stable-Baselines3: explore without reward, learn an encoder, fine-tune with few rewards.
+"""Unsupervised pre-training for Stable-Baselines3: explore without reward, learn an encoder, fine-tune with reward.
 
 The four verbs are `collect`, `pretrain`, `finetune` and `report`; `run` does them all from a recipe.
 """

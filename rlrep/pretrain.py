@@ -243,8 +243,8 @@ class _Loop:
             terms = ", ".join(f"{name}={float(value):.4g}" for name, value in metrics.items())
             raise RunError(
                 f"the loss is {float(loss.detach()):.4g} and its gradient's norm {float(norm):.4g} "
-                f"at update {self.update} ({terms}). Nothing of this update was kept. Try a lower learning_rate than {self.learning_rate}, or "
-                "check the data: rlrep data verify"
+                f"at update {self.update} ({terms}). Nothing of this update was kept. Try a lower learning_rate than "
+                f"{self.learning_rate}, or check the data: rlrep data verify"
             )
         self.optimizer.step()
         self.objective.after_step()

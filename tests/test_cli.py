@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from rlrep.cli import main
 
 SPEC = "rlrep/TinyGrid-v0:size=5"
-PRETRAIN = "--updates 20 --batch-size 16 --log-every 10 --objectives ae inverse:weight=0.5 --encoder grid:features_dim=16"
+PRETRAIN = (
+    "--updates 20 --batch-size 16 --log-every 10 --objectives ae inverse:weight=0.5 --encoder grid:features_dim=16"
+)
 FINETUNE = "--arms scratch frozen --seeds 0 --steps 128 --n-envs 2 --eval-every 64 --eval-episodes 2"
 PPO = "{n_steps: 16, batch_size: 16, n_epochs: 1}"
 
@@ -83,7 +86,8 @@ def test_verify_finds_damage(chain: Path, tmp_path: Path) -> None:
 def test_run_with_overrides(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(
         f"env: {SPEC}\ncollect: {{steps: 4_000_000, n_envs: 4}}\npretrain: {{updates: 20, batch_size: 16}}\n"
-        f"finetune: {{arms: [random-frozen], seeds: [0], steps: 64, n_envs: 2, eval_every: 64, eval_episodes: 2, settings: {PPO}}}\n"
+        "finetune: {arms: [random-frozen], seeds: [0], steps: 64, n_envs: 2, eval_every: 64, eval_episodes: 2, "
+        f"settings: {PPO}}}\n"
     )
     done = rlrep("run", tmp_path, "--collect.steps", "300", "--pretrain.objectives", "inverse")
     assert done.returncode == 0, done.stderr
@@ -141,4 +145,6 @@ def test_errors_are_one_line_for_people(args: list[str], message: str, tmp_path:
 def test_no_arguments_shows_help() -> None:
     done = rlrep()
     assert done.returncode == 0
-    assert all(command in done.stdout for command in ("collect", "pretrain", "finetune", "report", "run", "list", "data"))
+    assert all(
+        command in done.stdout for command in ("collect", "pretrain", "finetune", "report", "run", "list", "data")
+    )

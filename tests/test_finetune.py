@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rlrep_envs import make_vec_env
+
 from rlrep.encoders import Encoder, make_encoder
 from rlrep.finetune import FAILURES, KINDS, SCORES, Arm, finetune
 from rlrep.runs import read_json, read_jsonl
 from rlrep.types import RunError, SpaceError
-from rlrep_envs import make_vec_env
 
 SPEC = "rlrep/TinyGrid-v0:size=5"
 SMALL = {
@@ -77,7 +78,8 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     call = (
         "from rlrep.finetune import finetune\n"
         "if __name__ == '__main__':\n"
-        f"    finetune({SPEC!r}, out={str(tmp_path / 'run')!r}, arms={arms!r}, seeds={seeds!r}, n_workers=1, **{SMALL!r})"
+        f"    finetune({SPEC!r}, out={str(tmp_path / 'run')!r}, arms={arms!r}, seeds={seeds!r}, n_workers=1, "
+        f"**{SMALL!r})"
     )
     script = tmp_path / "sweep.py"
     script.write_text(call)
@@ -87,7 +89,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
         assert child.poll() is None, "ended before its first score"
     child.send_signal(signal.SIGKILL)
     child.wait()
-    kept = [row for row in read_jsonl(scores) if row["last"]][0]
+    kept = next(row for row in read_jsonl(scores) if row["last"])
     out = finetune(SPEC, out=tmp_path / "run", arms=arms, seeds=seeds, **SMALL)
     rows = read_jsonl(out / SCORES)
     assert kept in rows, "a finished job was run again"
@@ -101,7 +103,13 @@ def test_other_algorithms(encoder: Encoder, tmp_path: Path, algorithm: str) -> N
     settings = {"learning_starts": 32, "buffer_size": 500} if algorithm == "dqn" else {}
     small = {**SMALL, "settings": settings, "steps": 128, "eval_every": 64}
     out = finetune(
-        SPEC, encoder=encoder, out=tmp_path / "run", algorithm=algorithm, arms=["frozen", "finetune"], seeds=(0,), **small
+        SPEC,
+        encoder=encoder,
+        out=tmp_path / "run",
+        algorithm=algorithm,
+        arms=["frozen", "finetune"],
+        seeds=(0,),
+        **small,
     )
     assert not (out / FAILURES).exists()
     assert [row["last"] for row in read_jsonl(out / SCORES)].count(True) == 2

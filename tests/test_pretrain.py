@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+
 from rlrep.dataset import Dataset, DatasetWriter
 from rlrep.encoders import load_encoder, make_encoder
 from rlrep.evaluate.collapse import collapse, effective_rank, has_collapsed
@@ -87,8 +88,11 @@ def test_resuming_equals_an_unbroken_run(data: Path, tmp_path: Path, specs: list
     monkeypatch.setattr(loop, "_step", step)
     resumed = pretrain(data, out=tmp_path / "broken", objectives=specs, **SMALL)
     assert resumed.digest() == whole.digest()
-    rows = [read_jsonl(tmp_path / run / "metrics.jsonl") for run in ("whole", "broken")]
-    assert [[(r["update"], r["loss"]) for r in run] for run in rows][0] == [(r["update"], r["loss"]) for r in rows[1]]
+    logged = [
+        [(row["update"], row["loss"]) for row in read_jsonl(tmp_path / run / "metrics.jsonl")]
+        for run in ("whole", "broken")
+    ]
+    assert logged[0] == logged[1]
 
 
 def test_killed_then_resumed_equals_an_unbroken_run(data: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from rlrep.encoders import encoders
 from rlrep.explore import explorers
 from rlrep.objectives import objectives

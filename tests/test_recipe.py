@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from rlrep.recipe import Recipe, load_recipe, run
 from rlrep.settings import SettingsError, dump_yaml, load_yaml
 
