@@ -16,7 +16,7 @@ from rlrep import spaces
 from rlrep.encoders import Encoder
 from rlrep.objectives import Objective
 from rlrep.registry import Registry, split_spec
-from rlrep.types import Batch, Metrics, SpaceError, Transition, Tree, tree_leaves
+from rlrep.types import Batch, Metrics, SpaceError, Transition, Tree
 
 
 class Actor:
@@ -157,10 +157,10 @@ def hash_rows(tree: Tree) -> np.ndarray:
     Every 8 bytes are masked by their place, mixed by MurmurHash3's finaliser and summed.
 
     Args:
-        tree: (N, ...) array, or a dict of them, whose keys are told apart by their order.
+        tree: (N, ...) array, or a dict of them; the order of its keys does not matter.
     """
     total = np.uint64(0)
-    for leaf in tree_leaves(tree):
+    for leaf in _sorted_leaves(tree):
         rows = np.ascontiguousarray(leaf).reshape(len(leaf), math.prod(leaf.shape[1:])).view(np.uint8)
         n_words = -(-rows.shape[1] // 8)
         words = np.zeros((len(rows), n_words * 8), np.uint8)
@@ -169,6 +169,12 @@ def hash_rows(tree: Tree) -> np.ndarray:
         # Mixing the total in between makes the order of the leaves count.
         total = _mix(total + GOLDEN + _mix(words.view(np.uint64) ^ places).sum(axis=1, dtype=np.uint64))
     return cast(np.ndarray, total)
+
+
+def _sorted_leaves(tree: Tree) -> list[Any]:
+    if isinstance(tree, Mapping):
+        return [leaf for key in sorted(tree) for leaf in _sorted_leaves(tree[key])]
+    return [tree]
 
 
 def _mix(x: Any) -> Any:

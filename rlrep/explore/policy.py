@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces as gym_spaces
 from gymnasium.spaces import Space
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.vec_env import VecTransposeImage
 
 from rlrep import spaces
 from rlrep.explore.base import Actor, explorers
 from rlrep.sb3 import algorithms, get_algorithm
-from rlrep.types import RlrepError, SpaceError, Tree
+from rlrep.types import RlrepError, Tree
 
 
 @explorers.register("policy")
@@ -61,8 +62,7 @@ class Policy(Actor):
         self.deterministic = deterministic
         own = self.model.observation_space
         # SB3 turns what it takes for a picture channels-first, and turns observations likewise in `predict`.
-        turned = VecTransposeImage.transpose_space(observation_space) if is_image_space(observation_space) else None
-        if own != turned:
+        if own != _turned(observation_space):
             spaces.check_same(observation_space, own, f"the policy in {file} was trained on observations")
         spaces.check_same(action_space, self.model.action_space, f"the policy in {file} was trained with actions")
         self._state: tuple[np.ndarray, ...] | None = None
@@ -73,6 +73,15 @@ class Policy(Actor):
             torch.manual_seed(int(rng.integers(2**63)))
             action, self._state = self.model.predict(obs, self._state, first, self.deterministic)
         return action
+
+
+def _turned(space: Space) -> Space:
+    """Returns the observation space of a policy that SB3 trained on `space`."""
+    if isinstance(space, gym_spaces.Dict):
+        return gym_spaces.Dict({key: _turned(sub) for key, sub in space.spaces.items()})
+    if isinstance(space, gym_spaces.Box) and is_image_space(space) and not is_image_space_channels_first(space):
+        return VecTransposeImage.transpose_space(space)
+    return space
 
 
 def _algorithm_of(file: Path) -> type[BaseAlgorithm]:
@@ -89,9 +98,7 @@ def _algorithm_of(file: Path) -> type[BaseAlgorithm]:
         settings = [name for name in inspect.signature(cls).parameters if name not in ("policy", "env")]
         return sum(1 if name in data else -1 for name in settings)
 
-    candidates = [
-        cls for cls in algorithms().values() if module in {p.__module__ for p in cls.policy_aliases.values()}
-    ]
+    candidates = [cls for cls in algorithms().values() if module in {p.__module__ for p in cls.policy_aliases.values()}]
     if not candidates:
         raise RlrepError(
             f"which algorithm saved {file} cannot be told from its policy class, which is of {module}; "

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from safetensors.torch import load_file, save_file
+
 from rlrep.explore import Bonus, explorers, make_explorer
 from rlrep.types import Batch, Transition, to_tensor, tree_leaves, tree_map
-from safetensors.torch import load_file, save_file
 
 N = 4
 BOARD = spaces.Box(0, 255, (5, 5, 3), np.uint8)
@@ -158,7 +159,9 @@ def test_padding_does_not_matter_to_the_loss(name: str) -> None:
     for seed in (2, 3):
         garbage = observations(BOARD, 8, seed)
         obs = tree_map(
-            lambda x, g: torch.where(mask[:, 0].view(-1, 1, 1, 1, 1) | (torch.arange(2) == 0).view(1, 2, 1, 1, 1), x, g[:, None]),
+            lambda x, g: torch.where(
+                mask[:, 0].view(-1, 1, 1, 1, 1) | (torch.arange(2) == 0).view(1, 2, 1, 1, 1), x, g[:, None]
+            ),
             batch.obs,
             garbage,
         )
@@ -168,7 +171,7 @@ def test_padding_does_not_matter_to_the_loss(name: str) -> None:
 
 @each_bonus
 def test_an_episode_begins_where_first_says_so_and_nowhere_else(name: str) -> None:
-    """With a constant lifelong part, the same visit pays as at the first time exactly in the environments that began."""
+    """Where a new episode began, and only there, a visit pays as it would in a new episode."""
     bonus = build(name, BOARD)
     a, b = observations(BOARD, N, 0), observations(BOARD, N, 1)
     there = step(a, b, first=True)

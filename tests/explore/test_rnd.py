@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+
 from rlrep.explore import make_explorer
 from rlrep.types import Transition
 
