@@ -14,10 +14,11 @@ from typing import Any, SupportsFloat
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from minigrid.core.constants import COLOR_TO_IDX, IDX_TO_COLOR, OBJECT_TO_IDX, STATE_TO_IDX
+from minigrid.core.constants import COLOR_TO_IDX, DIR_TO_VEC, IDX_TO_COLOR, OBJECT_TO_IDX, STATE_TO_IDX
 from minigrid.core.grid import Grid
 from minigrid.core.world_object import Ball, Box, Door, Floor, Goal, Key, Lava, Wall, WorldObj
 from minigrid.envs.babyai.core.roomgrid_level import BabyAIMissionSpace
+from minigrid.minigrid_env import MiniGridEnv
 from minigrid.wrappers import RGBImgObsWrapper
 
 from rlrep_envs import missions
@@ -74,6 +75,72 @@ def render_symbols(symbols: np.ndarray) -> np.ndarray:
     return _atlas()[index[:, :, None, :], _ROWS].reshape(n, v * TILE, v * TILE, 3)
 
 
+@functools.cache
+def _view_cells(v: int, direction: int) -> list[tuple[int, int]]:
+    """Returns where the view's cells lie, seen from the agent, (x, y) each, row by row from the agent's own upwards."""
+    forward = DIR_TO_VEC[direction]
+    right = (-forward[1], forward[0])
+    return [
+        (int(forward[0] * ahead + right[0] * side), int(forward[1] * ahead + right[1] * side))
+        for ahead in range(v)
+        for side in range(-(v // 2), v - v // 2)
+    ]
+
+
+_OUTSIDE = Wall()
+_EMPTY, _UNSEEN = (OBJECT_TO_IDX["empty"], 0, 0), (OBJECT_TO_IDX["unseen"], 0, 0)
+
+
+def _observe(board: Any) -> dict[str, Any]:
+    """Returns what `MiniGridEnv.gen_obs` does, in less than half the time.
+
+    MiniGrid copies and turns the board cell by cell; this looks the view's cells up where they are. What is seen spreads
+    row by row from the agent upwards, a row being the bits of an integer: through cells that one can see behind to both
+    sides, and to the three cells above.
+    """
+    v, width, height = board.agent_view_size, board.grid.width, board.grid.height
+    x, y = map(int, board.agent_pos)
+    cells = board.grid.grid
+    view = _view_cells(v, int(board.agent_dir))
+    everything = (1 << v) - 1
+    shown = everything if board.see_through_walls else 1 << (v // 2)
+    image = np.zeros((v, v, 3), np.uint8)
+    for ahead in range(v):
+        if not shown:
+            break
+        row = [
+            cells[(y + dy) * width + x + dx] if 0 <= x + dx < width and 0 <= y + dy < height else _OUTSIDE
+            for dx, dy in view[ahead * v : (ahead + 1) * v]
+        ]
+        clear = 0
+        for i, thing in enumerate(row):
+            if thing is None or thing.see_behind():
+                clear |= 1 << i
+        shown = _spread(shown, clear & ~(1 << (v - 1)), 1)
+        above = shown & clear & ~(1 << (v - 1))
+        above |= above << 1
+        shown = _spread(shown, clear & ~1, -1)
+        through = shown & clear & ~1
+        above |= through | through >> 1
+        if ahead == 0:
+            row[v // 2] = board.carrying
+        image[:, v - 1 - ahead] = [
+            _UNSEEN if not shown >> i & 1 else _EMPTY if thing is None else thing.encode()
+            for i, thing in enumerate(row)
+        ]
+        shown = everything if board.see_through_walls else above
+    return {"image": image, "direction": board.agent_dir, "mission": board.mission}
+
+
+def _spread(shown: int, clear: int, step: int) -> int:
+    """Returns the cells of a row that are seen once sight has gone through the clear ones, to one side."""
+    while True:
+        further = shown | ((shown & clear) << 1 if step > 0 else (shown & clear) >> 1)
+        if further == shown:
+            return shown
+        shown = further
+
+
 class MiniGridObservation(gym.ObservationWrapper[Any, Any, Any]):
     """Turns MiniGrid's observation into one of the modes of `EnvSpec.obs`.
 
@@ -89,6 +156,9 @@ class MiniGridObservation(gym.ObservationWrapper[Any, Any, Any]):
         super().__init__(RGBImgObsWrapper(env, tile_size=TILE) if mode == "rgb_full" else env)
         view = self.env.observation_space
         assert isinstance(view, spaces.Dict)
+        board: Any = self.unwrapped
+        if type(board).gen_obs is MiniGridEnv.gen_obs and mode != "rgb_full":
+            board.gen_obs = functools.partial(_observe, board)
         if mission == "auto":
             mission = mode == "native" or _varies(view["mission"])
         self.mode, self.mission = mode, mission
