@@ -1,7 +1,7 @@
 """The bridge to Stable-Baselines3: encoders as features extractors, or in a wrapper that computes features once a step.
 
-SB3 can undo a pre-trained encoder in several ways without a word. `policy_kwargs` and `LatentVecEnv` close each of them,
-so that they can be used without knowing any.
+SB3 can undo a pre-trained encoder in several ways without a word. `policy_kwargs` and `LatentVecEnv` close each of
+them, so that they can be used without knowing any.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gymnasium.spaces import Space
 from safetensors.torch import save as save_safetensors
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, is_vecenv_wrapped
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from torch import Tensor, nn
 
@@ -42,8 +42,16 @@ CONTRIB = {
     "trpo": "TRPO",
 }
 
-ADAM_EPS_1E5 = ("maskableppo", "ppo", "recurrentppo", "trpo")
-"""Algorithms whose policies set Adam's eps to 1e-5, but only where the optimiser is their default."""
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "a2c": {"alpha": 0.99, "eps": 1e-5},
+    "crossq": {"betas": (0.5, 0.999)},
+    "maskableppo": {"eps": 1e-5},
+    "ppo": {"eps": 1e-5},
+    "qrdqn": {"eps": 0.01 / 32},
+    "recurrentppo": {"eps": 1e-5},
+    "trpo": {"eps": 1e-5},
+}
+"""What algorithms set of their optimiser, but only where it is their default; QRDQN for its default batch size."""
 
 ACTOR_AND_CRITIC = ("crossq", "ddpg", "sac", "td3", "tqc")
 """Algorithms that can share one extractor between actor and critic, and then train it by the actor's loss only."""
@@ -58,6 +66,9 @@ class Weights(bytes):
 
     def __repr__(self) -> str:
         return f"<{len(self):,} bytes of weights>"
+
+    # That of bytes does not ask __repr__.
+    __str__ = __repr__
 
 
 def algorithms() -> dict[str, type[BaseAlgorithm]]:
@@ -84,18 +95,31 @@ def get_algorithm(name: str) -> type[BaseAlgorithm]:
     raise ValueError(f"there is no algorithm {name!r}.{nearest(name.lower(), found)} There are: {', '.join(found)}.")
 
 
-class EncoderAdam(torch.optim.Adam):
-    """Adam in which each parameter's rate is scaled by the `lr_scale` it is tagged with.
+def _name(algorithm: str | type[BaseAlgorithm]) -> str:
+    """The name of an algorithm; of a class of one's own, that of the algorithm it derives from."""
+    if isinstance(algorithm, str):
+        algorithm = get_algorithm(algorithm)
+    for name, cls in algorithms().items():
+        # DDPG derives from TD3 and stands before it: the first match is the nearest.
+        if issubclass(algorithm, cls):
+            return name
+    raise ValueError(
+        f"{algorithm.__name__} derives from no algorithm that rlrep knows. There are: {', '.join(algorithms())}."
+    )
+
+
+class ScaledRates(torch.optim.Optimizer):
+    """Mixed into an optimiser, scales each parameter's rate by the `lr_scale` it is tagged with.
 
     SB3 writes one learning rate into every group before each round of training, so the scale is applied at the step.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, **kwargs: Any) -> None:
+    def __init__(self, params: Iterable[Tensor], **options: Any) -> None:
         by_scale: dict[float, list[Tensor]] = {}
         for parameter in params:
             by_scale.setdefault(getattr(parameter, "lr_scale", 1.0), []).append(parameter)
         groups = [{"params": group, "lr_scale": scale} for scale, group in sorted(by_scale.items())]
-        super().__init__(groups, lr=lr, **kwargs)
+        super().__init__(groups, **options)
 
     def step(self, closure: Any = None) -> Any:
         """Takes one step with every group's rate scaled, and puts the rates back."""
@@ -107,6 +131,14 @@ class EncoderAdam(torch.optim.Adam):
         finally:
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
+
+
+class EncoderAdam(ScaledRates, torch.optim.Adam):
+    """Adam that trains the encoder at a rate of its own."""
+
+
+class EncoderRMSprop(ScaledRates, torch.optim.RMSprop):
+    """RMSprop, A2C's default, that trains the encoder at a rate of its own."""
 
 
 class EncoderExtractor(BaseFeaturesExtractor):
@@ -139,17 +171,26 @@ class EncoderExtractor(BaseFeaturesExtractor):
         self._raw = _undo_preprocessing(observation_space, encoder.observation_space)
         self.encoder, self.mode = encoder, mode
         self._expected: list[Tensor] | None = None
+        self._verified: list[tuple[int, int]] | None = None
         if mode == "frozen":
             encoder.requires_grad_(False)
+        self.train()
         if mode != "scratch":
             for parameter in encoder.parameters():
                 parameter.lr_scale = lr_scale  # type: ignore[attr-defined]
-            _remember_weights(self)
-            self.register_load_state_dict_post_hook(_remember_weights)
-        self.train()
+            self._expected = _copies(encoder)
+            self.register_load_state_dict_post_hook(_expect_loaded)
 
     def forward(self, observations: Any) -> Tensor:
-        """What SB3 made of N observations -> (N, D) features."""
+        """What SB3 made of N observations -> (N, D) features.
+
+        Raises:
+            WeightsChangedError: The weights are not the pre-trained ones, though nothing can have trained them yet.
+        """
+        self._check_weights()
+        if self.mode == "finetune" and (self.training or torch.is_grad_enabled()):
+            # From here on they are meant to change.
+            self._expected = None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "frozen"):
             return self.encoder(self._raw(observations))
 
@@ -158,55 +199,62 @@ class EncoderExtractor(BaseFeaturesExtractor):
         return super().apply(fn) if self.mode == "scratch" else self
 
     def train(self, mode: bool = True) -> EncoderExtractor:
-        """Keeps a frozen encoder in evaluation mode, and checks pre-trained weights when a rollout begins."""
-        rollout_begins = self.training and not mode
+        """Keeps a frozen encoder in evaluation mode, and checks pre-trained weights: SB3 calls it in `learn()`."""
+        self._check_weights()
         super().train(mode)
         if self.mode == "frozen":
             self.encoder.eval()
-        if rollout_begins and self._expected is not None:
-            self._check_weights()
         return self
 
     def _check_weights(self) -> None:
-        """Compares with tolerance: the running average of a target network rounds."""
-        for (name, parameter), expected in zip(self.encoder.named_parameters(), self._expected or [], strict=True):
-            if not torch.allclose(parameter.detach().cpu(), expected, rtol=1e-4, atol=1e-6):
+        if self._expected is None:
+            return
+        tensors = self.encoder.state_dict()
+        # Comparing weights at every step would be slow. Once they were right, those are compared that were written to:
+        # torch counts all writes but the ones through `.data`.
+        versions = [(tensor.data_ptr(), tensor._version) for tensor in tensors.values()]
+        if versions == self._verified:
+            return
+        for (name, tensor), expected in zip(tensors.items(), self._expected, strict=True):
+            # With tolerance, since the running average of a target network rounds.
+            if not torch.allclose(tensor.cpu(), expected, rtol=1e-4, atol=1e-6):
                 raise WeightsChangedError(
-                    f"the pre-trained weights of {name} were changed before or during training, although the encoder is "
+                    f"the pre-trained weights of {name} were changed other than by training, although the encoder is "
                     f"{'frozen' if self.mode == 'frozen' else 'to be fine-tuned from them'}: something initialised the "
                     "policy again, or wrote into its parameters. Build the model with rlrep.policy_kwargs, and leave "
                     "the features extractor alone"
                 )
-        if self.mode == "finetune":
-            # From here on they are meant to change.
-            self._expected = None
+        self._verified = versions
 
 
-def _remember_weights(extractor: EncoderExtractor, *_: Any) -> None:
-    """Takes the weights as they are for the right ones: after they were set, or loaded from a saved model."""
-    extractor._expected = [p.detach().cpu().clone() for p in extractor.encoder.parameters()]
+def _copies(encoder: Encoder) -> list[Tensor]:
+    return [tensor.detach().cpu().clone() for tensor in encoder.state_dict().values()]
 
 
-def _undo_preprocessing(policy: Space, encoder: Space) -> Callable[[Any], Tree]:
+def _expect_loaded(extractor: EncoderExtractor, *_: Any) -> None:
+    """Takes what was loaded for right: a saved model replaces the pre-trained weights, and means to."""
+    extractor._expected = _copies(extractor.encoder) if extractor.mode == "frozen" else None
+
+
+def _undo_preprocessing(policy: Space, encoder: Space, key: str = "") -> Callable[[Any], Tree]:
     """Returns what turns a policy's preprocessed observations back into raw ones of the encoder.
 
     SB3 makes floats of all, one-hot vectors of integers, and channels-first pictures of channels-last ones.
     """
     if isinstance(encoder, gym_spaces.Dict) and isinstance(policy, gym_spaces.Dict) and set(encoder) == set(policy):
-        parts = {key: _undo_preprocessing(policy[key], encoder[key]) for key in encoder}
+        parts = {key: _undo_preprocessing(policy[key], encoder[key], f"{key!r} ") for key in encoder}
         return lambda obs: {key: part(obs[key]) for key, part in parts.items()}
     if isinstance(policy, gym_spaces.Box) and isinstance(encoder, gym_spaces.Box) and len(encoder.shape) == 3:
         height, width, channels = encoder.shape
         turned = policy.dtype == encoder.dtype and policy.shape == (channels, height, width)
         if turned and policy.shape != encoder.shape:
             return lambda obs: obs.permute(0, 2, 3, 1)
-    spaces.check_same(policy, encoder, "this encoder was made for observations")
+    spaces.check_same(policy, encoder, f"this encoder was made for {key}observations")
+    if isinstance(encoder, gym_spaces.Discrete | gym_spaces.MultiDiscrete) and np.any(encoder.start):
+        raise SpaceError(f"SB3 cannot encode {encoder}: it has to start at 0")
     if isinstance(encoder, gym_spaces.Discrete):
-        start = int(encoder.start)
-        return lambda obs: obs.argmax(dim=-1).reshape(-1) + start
+        return lambda obs: obs.argmax(dim=-1).reshape(-1)
     if isinstance(encoder, gym_spaces.MultiDiscrete):
-        if encoder.start.any():
-            raise SpaceError(f"SB3 cannot encode {encoder}: a MultiDiscrete must start at 0")
         sizes = encoder.nvec.reshape(-1).tolist()
         return lambda obs: torch.stack([part.argmax(dim=-1) for part in obs.split(sizes, dim=-1)], dim=-1)
     return lambda obs: obs
@@ -237,14 +285,12 @@ def policy_kwargs(
         RunError: There is no encoder there.
         ValueError: Unknown algorithm or mode, or `extra` would undo the encoder.
     """
-    name = algorithm if isinstance(algorithm, str) else algorithm.__name__
-    get_algorithm(name)
-    name = name.lower()
+    name = _name(algorithm)
     if mode not in get_args(Mode):
         raise ValueError(
             f"there is no mode {mode!r}.{nearest(mode, get_args(Mode))} There are: {', '.join(get_args(Mode))}"
         )
-    if lr_scale <= 0:
+    if not lr_scale > 0:
         raise ValueError(
             f"lr_scale must be above 0, not {lr_scale}; use mode='frozen' for an encoder that stays as it is"
         )
@@ -268,14 +314,14 @@ def policy_kwargs(
     }
     if mode == "finetune":
         if "optimizer_class" in extra:
-            raise ValueError("optimizer_class is rlrep's EncoderAdam when fine-tuning: it scales the encoder's rate")
+            raise ValueError("optimizer_class is rlrep's when fine-tuning, for it has to scale the encoder's rate")
         if extra.get("share_features_extractor") and name in ACTOR_AND_CRITIC:
             raise ValueError(
-                f"share_features_extractor=True would train the encoder by the actor's loss only in {name}; leave it out"
+                f"share_features_extractor=True would train the encoder by the actor's loss only in {name}: leave it "
+                "out"
             )
-        kwargs["optimizer_class"] = EncoderAdam
-        if name in ADAM_EPS_1E5:
-            extra["optimizer_kwargs"] = {"eps": 1e-5, **(extra.get("optimizer_kwargs") or {})}
+        kwargs["optimizer_class"] = EncoderRMSprop if name == "a2c" else EncoderAdam
+        extra["optimizer_kwargs"] = OPTIMIZER_DEFAULTS.get(name, {}) | (extra.get("optimizer_kwargs") or {})
         if name in ACTOR_AND_CRITIC:
             kwargs["share_features_extractor"] = False
     return kwargs | extra
@@ -289,7 +335,7 @@ class LatentVecEnv(VecEnvWrapper):
     memory is given up. The last observation of an episode, in `infos`, is encoded as well.
 
     Args:
-        venv: Environments that give the encoder's raw observations.
+        venv: Environments that give the encoder's raw observations. `VecNormalize` goes around this wrapper.
         encoder: The encoder, its folder, or the folder of the run that trained it. A copy is used.
         memory: Most bytes of features to remember; 0 for none.
 
@@ -303,6 +349,11 @@ class LatentVecEnv(VecEnvWrapper):
 
     def __init__(self, venv: VecEnv, encoder: str | Path | Encoder, memory: int = 2**28) -> None:
         encoder = load_encoder(encoder)
+        if is_vecenv_wrapped(venv, VecNormalize):
+            # Off-policy, SB3 stores what its innermost VecNormalize saw: raw observations, where features belong.
+            raise SpaceError(
+                "LatentVecEnv goes inside VecNormalize: VecNormalize(LatentVecEnv(venv, encoder), norm_obs=False)"
+            )
         spaces.check_same(venv.observation_space, encoder.observation_space, "this encoder was made for observations")
         features = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
         super().__init__(venv, observation_space=features)
@@ -324,8 +375,10 @@ class LatentVecEnv(VecEnvWrapper):
             last = [infos[i]["terminal_observation"] for i in ended]
             both = tree_map(lambda now, *ends: np.concatenate([now, np.stack(ends)]), obs, *last)
             features = self._features(both)
+            # Copies: what is below may have kept its own infos, with the raw observation.
+            infos = list(infos)
             for i, row in zip(ended, features[len(dones) :], strict=True):
-                infos[i]["terminal_observation"] = row
+                infos[i] = {**infos[i], "terminal_observation": row}
             return features[: len(dones)], rewards, dones, infos
         return self._features(obs), rewards, dones, infos
 
@@ -337,12 +390,12 @@ class LatentVecEnv(VecEnvWrapper):
         new = {key: i for i, key in enumerate(keys) if key not in self._known}
         self._n_asked += len(keys)
         self._n_known += len(keys) - len(new)
-        if len(self._known) + len(new) > self._room:
-            self._known = {key: self._known[key] for key in keys if key in self._known}
         if new:
             rows = list(new.values())
             self._known |= zip(new, self._encode(tree_map(lambda leaf: leaf[rows], obs)), strict=True)
         features = np.stack([self._known[key] for key in keys])
+        if len(self._known) > self._room:
+            self._known = {}
         if self._n_asked >= self.TRIED and self._n_known < self.WORTH_IT * self._n_asked:
             self._room, self._known = 0, {}
         return features
