@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import shutil
 import signal
 import threading
 import time
@@ -603,6 +604,9 @@ class _Session:
         self.out, self.writer, self.steps, self.checkpoint_every = out, writer, steps, checkpoint_every
         self.folder = out / EXPLORER
         self.folder.mkdir(exist_ok=True)
+        for left in self.folder.glob(".*"):
+            # What a writer that was killed had not renamed yet.
+            shutil.rmtree(left)
         self.recorder: Recorder
         self.env: IntrinsicReward | None = None
         self.model: PPO | None = None
