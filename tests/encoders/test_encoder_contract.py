@@ -1,0 +1,245 @@
+"""What every registered encoder must do, on every kind of observation it says it encodes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from rlrep.encoders import Encoder, encoders, load_encoder, make_encoder
+from rlrep.registry import SpecError
+from rlrep.spaces import kind
+from rlrep.types import RunError, SpaceError, to_tensor, tree_leaves, tree_map
+
+BOARD = spaces.Box(0, 255, (7, 7, 3), np.uint8)
+WORDS = spaces.Box(0, 40, (9,), np.int64)
+SPACES: dict[str, spaces.Space] = {
+    "board": BOARD,
+    "stacked-board": spaces.Box(0, 255, (7, 7, 6), np.uint8),
+    "chw": spaces.Box(0, 255, (3, 36, 40), np.uint8),
+    "hwc": spaces.Box(0, 255, (40, 36, 3), np.uint8),
+    "stacked-hwc": spaces.Box(0, 255, (36, 36, 12), np.uint8),
+    "grey-chw": spaces.Box(0, 255, (1, 36, 36), np.uint8),
+    "grey-hwc": spaces.Box(0, 255, (36, 36, 1), np.uint8),
+    "stacked-grey": spaces.Box(0, 255, (4, 36, 36), np.uint8),
+    "words": WORDS,
+    "bounded": spaces.Box(-2, 3, (5,), np.float32),
+    "unbounded": spaces.Box(-np.inf, np.inf, (5,), np.float32),
+    "double": spaces.Box(-np.inf, np.inf, (5,), np.float64),
+    "matrix": spaces.Box(-1, 1, (2, 3), np.float32),
+    "memory": spaces.Box(0, 255, (128,), np.uint8),
+    "discrete": spaces.Discrete(6),
+    "discrete-from-3": spaces.Discrete(6, start=3),
+    "multi-discrete": spaces.MultiDiscrete([3, 4], start=[1, -1]),
+    "multi-binary": spaces.MultiBinary(5),
+    "dict": spaces.Dict(
+        {
+            "image": BOARD,
+            "direction": spaces.Discrete(4),
+            "mission": WORDS,
+            "nested": spaces.Dict({"camera": spaces.Box(0, 255, (36, 36, 3), np.uint8), "x": spaces.Box(-1, 1, (2,))}),
+        }
+    ),
+    "awkward-keys": spaces.Dict({"keys": spaces.Discrete(3), "arm.angle": spaces.Box(-1, 1, (2,))}),
+}
+PAIRS = [
+    pytest.param(name, space, id=f"{name}-{label}")
+    for name, cls in encoders.items()
+    for label, space in SPACES.items()
+    if kind(space) in cls.kinds
+]
+every = pytest.mark.parametrize(("name", "space"), PAIRS)
+
+
+def observations(space: spaces.Space, *leading: int, seed: int = 0) -> Any:
+    """Random observations with leading axes, every leaf with the space's own dtype."""
+    if isinstance(space, spaces.Dict):
+        return {key: observations(sub, *leading, seed=seed + i) for i, (key, sub) in enumerate(space.spaces.items())}
+    space.seed(seed)
+    drawn = [np.asarray(space.sample()) for _ in range(int(np.prod(leading)))]
+    return to_tensor(np.stack(drawn).reshape(*leading, *space.shape))
+
+
+def build(name: str, space: spaces.Space, seed: int = 0) -> Encoder:
+    torch.manual_seed(seed)
+    return make_encoder({"name": name, "features_dim": 16}, space)
+
+
+def test_every_encoder_is_tested() -> None:
+    assert {pair.values[0] for pair in PAIRS} == set(encoders.names())
+
+
+@every
+def test_features_have_the_promised_shape(name: str, space: spaces.Space) -> None:
+    features = build(name, space)(observations(space, 3))
+    assert features.shape == (3, 16)
+    assert features.dtype == torch.float32
+    assert features.isfinite().all()
+
+
+@every
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3), (1, 2, 3)])
+def test_encode_takes_any_leading_axes(name: str, space: spaces.Space, leading: tuple[int, ...]) -> None:
+    encoder, obs = build(name, space), observations(space, 6)
+    flat = tree_map(lambda x: x[: int(np.prod(leading))], obs)
+    led = tree_map(lambda x: x.reshape(*leading, *x.shape[1:]), flat)
+    features = encoder.encode(led)
+    assert features.shape == (*leading, 16)
+    torch.testing.assert_close(features.reshape(-1, 16), encoder(flat))
+
+
+@every
+def test_saved_and_loaded_it_is_the_same(name: str, space: spaces.Space, tmp_path: Path) -> None:
+    encoder, obs = build(name, space).eval(), observations(space, 3)
+    encoder.provenance = {"data": "abc"}
+    encoder.save_pretrained(tmp_path / "encoder")
+    json.loads(json.dumps(encoder.config))
+    for loaded in (load_encoder(tmp_path / "encoder"), Encoder.from_pretrained(tmp_path / "encoder")):
+        assert type(loaded) is type(encoder)
+        assert loaded.digest() == encoder.digest()
+        assert loaded.config == encoder.config
+        assert loaded.observation_space == space
+        assert torch.equal(loaded(obs), encoder(obs))
+
+
+@every
+def test_same_seed_same_weights(name: str, space: spaces.Space) -> None:
+    assert build(name, space).digest() == build(name, space).digest()
+    assert build(name, space).digest() != build(name, space, seed=1).digest()
+
+
+@every
+def test_dtype_of_equal_values_does_not_matter(name: str, space: spaces.Space) -> None:
+    encoder, obs = build(name, space), observations(space, 3)
+    torch.testing.assert_close(encoder(tree_map(lambda x: x.float(), obs)), encoder(obs))
+
+
+@every
+def test_a_row_does_not_depend_on_the_others(name: str, space: spaces.Space) -> None:
+    encoder, obs, other = build(name, space), observations(space, 3), observations(space, 3, seed=9)
+    mixed = tree_map(lambda a, b: torch.cat([a[:1], b[1:]]), obs, other)
+    torch.testing.assert_close(encoder(mixed)[0], encoder(obs)[0])
+    torch.testing.assert_close(encoder(tree_map(lambda x: x[:1], obs))[0], encoder(obs)[0])
+
+
+@every
+def test_features_depend_on_every_part_of_the_observation(name: str, space: spaces.Space) -> None:
+    encoder, obs = build(name, space), observations(space, 8)
+    for i, leaf in enumerate(tree_leaves(obs)):
+        other = iter(range(len(tree_leaves(obs))))
+        changed = tree_map(lambda x, i=i, other=other: x.flip(0) if next(other) == i else x, obs)
+        assert not torch.equal(leaf, leaf.flip(0))
+        assert not torch.allclose(encoder(changed), encoder(obs))
+
+
+@every
+def test_bf16_autocast_runs_and_comes_close(name: str, space: spaces.Space) -> None:
+    encoder, obs = build(name, space), observations(space, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = encoder(obs)
+    torch.testing.assert_close(rough.float(), encoder(obs), atol=0.1, rtol=0.1)
+
+
+@every
+def test_a_picky_observation_order_of_keys_is_fine(name: str, space: spaces.Space) -> None:
+    if not isinstance(space, spaces.Dict):
+        pytest.skip("only a dict has keys")
+    encoder, obs = build(name, space), observations(space, 2, 3)
+    backwards = dict(reversed(obs.items()))
+    torch.testing.assert_close(encoder.encode(backwards), encoder.encode(obs))
+
+
+@every
+def test_truncated_weights_are_an_error_that_names_the_file(name: str, space: spaces.Space, tmp_path: Path) -> None:
+    build(name, space).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"model\.safetensors"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("name", encoders.names())
+def test_missing_or_foreign_weights_are_an_error(name: str, tmp_path: Path) -> None:
+    space = next(space for space in SPACES.values() if kind(space) in encoders.get(name).kinds)
+    build(name, space).save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    with pytest.raises(RunError, match=r"model\.safetensors"):
+        load_encoder(tmp_path / "a")
+    make_encoder({"name": name, "features_dim": 8}, space).save_pretrained(tmp_path / "b")
+    (tmp_path / "b" / "model.safetensors").rename(tmp_path / "a" / "model.safetensors")
+    with pytest.raises(RunError, match=r"model\.safetensors"):
+        load_encoder(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", encoders.names())
+def test_the_wrong_kind_of_space_is_an_error_that_names_the_right_encoder(name: str) -> None:
+    for space in SPACES.values():
+        if kind(space) not in encoders.get(name).kinds:
+            right = {"picture": "nature", "grid": "grid", "tokens": "tokens", "vector": "mlp", "dict": "dict"}
+            with pytest.raises(SpaceError, match=f"{name}.*{right[kind(space)]}"):
+                make_encoder(name, space)
+
+
+@pytest.mark.parametrize("label", SPACES)
+def test_auto_suits_every_space(label: str) -> None:
+    encoder = make_encoder("auto:features_dim=12", SPACES[label])
+    assert encoder.encode(observations(SPACES[label], 2, 2)).shape == (2, 2, 12)
+    assert make_encoder({"name": "auto", "features_dim": 12}, SPACES[label]).features_dim == 12
+
+
+def test_an_encoder_is_not_taken_for_another_space() -> None:
+    encoder = build("grid", BOARD)
+    assert make_encoder(encoder, BOARD) is encoder
+    with pytest.raises(SpaceError, match="7, 7, 3"):
+        make_encoder(encoder, SPACES["stacked-board"])
+
+
+def test_unknown_names_options_and_widths_are_errors() -> None:
+    with pytest.raises(SpecError, match="Did you mean 'nature'"):
+        make_encoder("natur", SPACES["hwc"])
+    with pytest.raises(SpecError, match="Did you mean 'features_dim'"):
+        make_encoder("grid:feature_dim=3", BOARD)
+    with pytest.raises(SpecError, match="features_dim"):
+        make_encoder("grid:features_dim=0", BOARD)
+    with pytest.raises(SpecError, match="Did you mean 'image'"):
+        make_encoder({"name": "dict", "keys": {"imag": "grid"}}, SPACES["dict"])
+    with pytest.raises(SpaceError, match="36x36"):
+        make_encoder("nature", spaces.Box(0, 255, (30, 30, 3), np.uint8))
+
+
+def test_a_folder_without_an_encoder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no encoder in"):
+        load_encoder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"config\.json"):
+        load_encoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"format_version": 999, "encoder": "grid"}')
+    with pytest.raises(RunError, match="this version of rlrep"):
+        load_encoder(tmp_path)
+
+
+def test_a_dict_key_may_have_its_own_encoder_and_keeps_it(tmp_path: Path) -> None:
+    encoder = make_encoder({"name": "dict", "keys": {"image": "mlp:features_dim=5"}}, SPACES["dict"])
+    encoder.save_pretrained(tmp_path)
+    obs = observations(SPACES["dict"], 2)
+    assert torch.equal(load_encoder(tmp_path)(obs), encoder(obs))
+
+
+def test_tokens_ignore_the_padding_after_a_sentence() -> None:
+    encoder = build("tokens", WORDS)
+    sentence = torch.tensor([[5, 7, 9, 0, 0, 0, 0, 0, 0]])
+    shorter = make_encoder({"name": "tokens", "features_dim": 16}, spaces.Box(0, 40, (5,), np.int64))
+    shorter.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(shorter(sentence[:, :5]), encoder(sentence))
+    assert encoder(torch.zeros(1, 9, dtype=torch.int64)).isfinite().all()
+
+
+def test_a_picture_is_the_same_either_way_round() -> None:
+    hwc, chw = build("nature", SPACES["hwc"]), build("nature", spaces.Box(0, 255, (3, 40, 36), np.uint8))
+    obs = observations(SPACES["hwc"], 2)
+    torch.testing.assert_close(chw(obs.permute(0, 3, 1, 2)), hwc(obs))
