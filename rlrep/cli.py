@@ -278,7 +278,7 @@ def main(args: Sequence[str] | None = None) -> int:
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )
         return command() or 0
-    except (RlrepError, ValueError) as error:
+    except (RlrepError, ValueError, ImportError) as error:
         print(f"rlrep: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -97,15 +97,30 @@ def sampling_against_numpy(data: Dataset) -> tuple[float, float, float]:
 def sampling_against_minari(data: Dataset, folder: Path) -> dict[str, tuple[float, float, float]]:
     """The same windows from disk, against Minari reading the episodes they lie in, for each of its backends."""
     import minari
-    from rlrep.interop import export
+    from minari.data_collector import EpisodeBuffer
 
     os.environ["MINARI_DATASETS_PATH"] = str(folder / "minari")
     cold = Dataset(*data.paths, budget="64MB")
+    buffers = [
+        EpisodeBuffer(
+            observations=episode.obs,
+            actions=episode.action,
+            rewards=episode.reward,
+            terminations=np.zeros(len(episode), bool),
+            truncations=np.arange(len(episode)) == len(episode) - 1,
+        )
+        for episode in data
+    ]
     found = {}
     for backend in ("hdf5", "arrow"):
-        name = f"speed/{backend}-v0"
-        export(data, name, format="minari", data_format=backend)
-        theirs_data = minari.load_dataset(name)
+        theirs_data = minari.create_dataset_from_buffers(
+            f"speed/{backend}-v0",
+            buffers,
+            observation_space=data.observation_space,
+            action_space=data.action_space,
+            data_format=backend,
+            jpeg_encoding=False,
+        )
         rng = np.random.default_rng(0)
 
         def ours(rng: np.random.Generator = rng) -> None:
