@@ -103,8 +103,8 @@ class Flatten(nn.Module):
         self.space = space
         if isinstance(space, spaces.Box):
             # float32's own limits, as CartPole has them, mean unbounded too.
-            self._bounded = bool(np.all(np.isfinite(space.low) & np.isfinite(space.high) & (np.abs(space.high) < 1e6)))
             low, high = space.low.astype(np.float32).ravel(), space.high.astype(np.float32).ravel()
+            self._bounded = bool(np.all((low > -1e6) & (high < 1e6)))
             self.register_buffer("low", torch.from_numpy(low), persistent=False)
             self.register_buffer("high", torch.from_numpy(high), persistent=False)
 
@@ -143,8 +143,13 @@ def leaves(space: Space) -> dict[str, Space]:
 
 def _bound(values: np.ndarray) -> Any:
     """A bound as JSON: one number where all are equal; infinities as strings, since JSON has none."""
+    values = values.astype(np.uint8) if values.dtype == bool else values
     constant = values.size and np.all(values == values.flat[0])
     return np.vectorize(str, otypes=[object])(values.flat[0] if constant else values).tolist()
+
+
+def _unusual_dtype(space: Space) -> dict[str, str]:
+    return {} if space.dtype == np.int64 else {"dtype": str(space.dtype)}
 
 
 def to_json(space: Space) -> dict[str, Any]:
@@ -160,19 +165,30 @@ def to_json(space: Space) -> dict[str, Any]:
             "high": _bound(space.high),
         }
     if isinstance(space, spaces.Discrete):
-        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start), **_unusual_dtype(space)}
     if isinstance(space, spaces.MultiDiscrete):
-        return {"type": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
+        return {
+            "type": "MultiDiscrete",
+            "nvec": space.nvec.tolist(),
+            "start": space.start.tolist(),
+            **_unusual_dtype(space),
+        }
     if isinstance(space, spaces.MultiBinary):
         return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.n)}
     raise SpaceError(f"space {space} is not supported: use Box, Discrete, MultiDiscrete, MultiBinary or a Dict of them")
+
+
+def _dtype(data: dict[str, Any]) -> dict[str, Any]:
+    """The dtype as a keyword, if it is given: older versions of Gymnasium's Discrete take none."""
+    return {"dtype": np.dtype(data["dtype"]).type} if "dtype" in data else {}
 
 
 def from_json(data: dict[str, Any]) -> Space:
     """Returns the space that `to_json` described."""
     match data["type"]:
         case "Dict":
-            return spaces.Dict({key: from_json(sub) for key, sub in data["spaces"].items()})
+            # Pairs, since Gymnasium sorts the keys of a mapping.
+            return spaces.Dict([(key, from_json(sub)) for key, sub in data["spaces"].items()])
         case "Box":
             dtype, shape = np.dtype(data["dtype"]), tuple(data["shape"])
             number = float if np.issubdtype(dtype, np.floating) else int
@@ -182,9 +198,9 @@ def from_json(data: dict[str, Any]) -> Space:
             )
             return spaces.Box(low, high, shape=shape, dtype=cast(Any, dtype.type))
         case "Discrete":
-            return spaces.Discrete(data["n"], start=data["start"])
+            return spaces.Discrete(data["n"], start=data["start"], **_dtype(data))
         case "MultiDiscrete":
-            return spaces.MultiDiscrete(data["nvec"], start=data["start"])
+            return spaces.MultiDiscrete(data["nvec"], start=data["start"], **_dtype(data))
         case "MultiBinary":
             return spaces.MultiBinary(data["n"])
         case unknown:
@@ -204,11 +220,13 @@ def check_same(seen: Space, expected: Space, what: str) -> None:
     """
     if seen == expected:
         return
-    hint = ""
-    pictures = isinstance(expected, spaces.Box) and expected.dtype == np.uint8
-    if isinstance(seen, spaces.Box) and pictures and seen.shape == expected.shape and seen.dtype != np.uint8:
-        hint = (
-            " The encoder scales raw observations itself: if this environment is wrapped in VecNormalize, "
-            "use VecNormalize(norm_obs=False)."
-        )
+    hint, seen_leaves = "", leaves(seen)
+    for path, leaf in leaves(expected).items():
+        other = seen_leaves.get(path)
+        pictures = isinstance(leaf, spaces.Box) and leaf.dtype == np.uint8
+        if isinstance(other, spaces.Box) and pictures and other.shape == leaf.shape and other.dtype != np.uint8:
+            hint = (
+                " The encoder scales raw observations itself: if this environment is wrapped in VecNormalize, "
+                "use VecNormalize(norm_obs=False)."
+            )
     raise SpaceError(f"{what} {expected}, but got {seen}.{hint}")
