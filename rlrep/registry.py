@@ -7,14 +7,13 @@ package is named by its import path, `"my_pkg.my_file:MyObjective"`, options fol
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
-from rlrep_envs.spec import join_spec, split_spec
+from rlrep_envs.spec import join_spec, nearest, split_spec
 
 from rlrep.types import RlrepError
 
@@ -25,12 +24,6 @@ C = TypeVar("C", bound=type)
 
 class SpecError(RlrepError, ValueError):
     """A spec names something that does not exist, or sets an option it does not have."""
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Returns `" Did you mean 'x'?"` for the closest valid name, or an empty string."""
-    match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]!r}?" if match else ""
 
 
 class Registry(Generic[C]):
@@ -53,8 +46,10 @@ class Registry(Generic[C]):
         """Returns a class decorator that files the class under `name`."""
 
         def add(cls: C) -> C:
-            if name in self._entries and self._entries[name].__qualname__ != cls.__qualname__:
-                raise ValueError(f"two {self.kind}s are called {name!r}: {self._entries[name]} and {cls}")
+            known = self._entries.get(name, cls)
+            # The same class again is a module that was reloaded.
+            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"two {self.kind}s are called {name!r}: {known} and {cls}")
             self._entries[name] = cls
             cls.name = name  # type: ignore[attr-defined]
             return cls
@@ -64,10 +59,10 @@ class Registry(Generic[C]):
     def names(self) -> list[str]:
         """Returns every registered name, sorted."""
         if not self._discovered:
-            self._discovered = True
             package = importlib.import_module(self._package)
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{self._package}.{module.name}")
+            self._discovered = True
         return sorted(self._entries)
 
     def items(self) -> list[tuple[str, C]]:
@@ -83,18 +78,24 @@ class Registry(Generic[C]):
         if name in self.names():
             return self._entries[name]
         if ":" in name:
-            module, _, attribute = name.partition(":")
-            try:
-                cls: C = getattr(importlib.import_module(module), attribute)
-            except (ImportError, AttributeError) as error:
-                raise SpecError(f"{self.kind} {name!r} cannot be imported: {error}") from error
-            if "name" not in vars(cls):
-                cls.name = name  # type: ignore[attr-defined]
-            return cls
+            return self._import(name)
         raise SpecError(
             f"there is no {self.kind} called {name!r}.{nearest(name, self.names())} "
             f"The {self.kind}s are: {', '.join(self.names())}."
         )
+
+    def _import(self, name: str) -> C:
+        module, _, attribute = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise SpecError(f"{self.kind} {name!r} cannot be imported: {error}") from error
+        if not isinstance(found, type):
+            raise SpecError(f"{self.kind} {name!r} is not a class, but {found!r}")
+        # The name is what is saved, and must find the class again in a process that has not imported its module.
+        if not found.__module__.startswith(f"{self._package}."):
+            found.name = name  # type: ignore[attr-defined]
+        return cast(C, found)
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """Returns the keyword options that a spec of `name` may set, with their defaults."""
@@ -132,7 +133,7 @@ class Registry(Generic[C]):
             if key not in valid:
                 listing = ", ".join(f"{k}={p.default}" for k, p in valid.items()) or "none"
                 raise SpecError(
-                    f"{self.kind} {name!r} has no option {key!r}.{nearest(key, valid)} Its options: {listing}."
+                    f"{self.kind} {name!r} has no option {key!r}.{nearest(str(key), valid)} Its options: {listing}."
                 )
         return name, options
 
