@@ -36,7 +36,7 @@ def pretrain(
     data: Dataset | str | Path | Sequence[str | Path],
     *,
     out: str | Path,
-    objectives: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = ("ae", "inverse"),
+    objectives: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = ("ae",),
     encoder: str | Mapping[str, Any] = "auto",
     updates: int = 5_000,
     batch_size: int = 256,
@@ -61,7 +61,8 @@ def pretrain(
     Args:
         data: A dataset, its folder, or several folders.
         out: Run folder: the encoder in `encoder/`, `metrics.jsonl`, TensorBoard logs, a checkpoint while it runs.
-        objectives: Objective specs, summed: `["ae", "inverse:weight=0.5"]`.
+        objectives: Objective specs, summed: `["ae", "inverse:weight=0.01"]`. Their losses differ in size, an `ae` loss on
+            pictures being some hundred times smaller than the others.
         encoder: Encoder spec; `auto` picks by the kind of observation.
         updates: Gradient steps.
         batch_size: Segments in a batch.
