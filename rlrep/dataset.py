@@ -83,10 +83,10 @@ def _columns(observation_space: Space, action_space: Space) -> dict[str, Space]:
 FLAGS = {"reward": np.dtype(np.float32), "terminated": np.dtype(bool), "truncated": np.dtype(bool)}
 
 
-def _build(space: Space, leaf: Callable[[str], Any], name: str = "obs") -> Tree:
+def build_obs(space: Space, leaf: Callable[[str], Any], name: str = "obs") -> Tree:
     """Builds an observation tree from what `leaf` returns for each column name."""
     if isinstance(space, spaces.Dict):
-        return {key: _build(sub, leaf, f"{name}/{key}") for key, sub in space.spaces.items()}
+        return {key: build_obs(sub, leaf, f"{name}/{key}") for key, sub in space.spaces.items()}
     return leaf(name)
 
 
@@ -878,6 +878,12 @@ class Dataset:
         digest.update(self._store.digests[self._episodes].tobytes())
         return digest.hexdigest()
 
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns on disk, as `column` takes them."""
+        factors = [f"factor/{name}" for name in self.factor_names]
+        return [*_columns(self._raw_space, self.action_space), *FLAGS, *factors]
+
     def __len__(self) -> int:
         return self.n_episodes
 
@@ -887,10 +893,9 @@ class Dataset:
 
     def describe(self) -> dict[str, Any]:
         """Returns what there is to know about the data, for printing."""
-        files = [file for path in self.paths for file in path.rglob("*") if file.is_file()]
-        names = [*_columns(self._raw_space, self.action_space), *FLAGS, *(f"factor/{n}" for n in self.factor_names)]
+        files = [file for path in self.paths for name in self.columns for file in (path / name).iterdir()]
         writers = [writer for folder in self._store.folders for writer in folder.meta["writers"]]
-        memory, disk = sum(map(self._store.nbytes, names)), sum(file.stat().st_size for file in files)
+        memory, disk = sum(map(self._store.nbytes, self.columns)), sum(file.stat().st_size for file in files)
         return {
             "folders": ", ".join(str(path) for path in self.paths),
             "environment": self.env_spec,
@@ -916,6 +921,12 @@ class Dataset:
         view = object.__new__(Dataset)
         view.__dict__ = {key: value for key, value in self.__dict__.items() if key != "digest"}
         view._view(self._episodes[np.asarray(episodes, dtype=np.int64)])
+        return view
+
+    def unstacked(self) -> Dataset:
+        """Returns this view with observations as they were recorded, one frame each."""
+        view = self.select(np.arange(self.n_episodes))
+        view.frame_stack, view.observation_space = 1, self._raw_space
         return view
 
     def split(self, held_out: float, rng: np.random.Generator) -> tuple[Dataset, Dataset]:
@@ -986,7 +997,7 @@ class Dataset:
                 back = np.arange(1 - self.frame_stack, 1)
                 frames = self._store.gather(name, np.maximum(rows[:, :, None] + back, start[:, :, None]))
                 found[name] = convert(_interleave(frames))
-        return _build(self._raw_space, found.__getitem__)
+        return build_obs(self._raw_space, found.__getitem__)
 
     def episode(self, index: int) -> Episode:
         """Returns one whole episode, reward and factors included; its observations are not frame-stacked."""
@@ -1000,7 +1011,7 @@ class Dataset:
 
         info = {name: int(self._store.table[name][self._episodes[index]]) for name in INFO}
         return Episode(
-            obs=_build(self._raw_space, read),
+            obs=build_obs(self._raw_space, read),
             action=read("action")[:-1],
             reward=read("reward")[:-1],
             terminated=bool(read("terminated")[-2]),
