@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -110,6 +110,8 @@ class Recorder(VecEnvWrapper):
         """Steps after which an episode is cut."""
         self._factor_dtypes: dict[str, np.dtype] = {}
         self._blocks: deque[_Block] = deque()
+        self._spare: _Block | None = None
+        """A block whose steps are all recorded, to be used again: fresh memory costs as much as filling it."""
         self._oldest = self._now = 0
         self._start = np.zeros(venv.num_envs, np.int64)
 
@@ -120,6 +122,7 @@ class Recorder(VecEnvWrapper):
         factors = [info.get("factors", {}) for info in self.venv.unwrapped.reset_infos]
         self._factor_dtypes = {name: np.asarray(value).dtype for name, value in factors[0].items()}
         self._blocks.clear()
+        self._spare = None
         self._oldest = self._now
         self._put(obs, factors)
         return obs
@@ -150,7 +153,7 @@ class Recorder(VecEnvWrapper):
         for i in np.flatnonzero(self._now - self._start >= self.longest).tolist():
             self._cut(i)
         while self._oldest + self.BLOCK <= self._start.min():
-            self._blocks.popleft()
+            self._spare = self._blocks.popleft()
             self._oldest += self.BLOCK
         return obs, rewards, dones, infos
 
@@ -171,35 +174,40 @@ class Recorder(VecEnvWrapper):
     ) -> None:
         """Hands on the episode of environment `i` that began at its start, ended before `end` and led to `last`."""
         start = int(self._start[i])
-        spans = [
-            (block, max(start - begin, 0), min(end - begin, self.BLOCK))
+        length = end - start
+        parts = [
+            self._rows(block, slice(max(start - begin, 0), min(end - begin, self.BLOCK)), i)
             for begin, block in zip(range(self._oldest, end, self.BLOCK), self._blocks, strict=False)
             if begin + self.BLOCK > start
         ]
 
-        def cut(pick: Callable[[_Block], Tree]) -> Tree:
-            return tree_map(lambda *xs: np.concatenate(xs), *(self._rows(pick(b), lo, hi, i) for b, lo, hi in spans))
+        def joined(*rows: np.ndarray) -> np.ndarray:
+            return np.concatenate(rows)
 
-        def closed(rows: np.ndarray, at_end: Any) -> np.ndarray:
-            return np.concatenate([rows, np.asarray(at_end, rows.dtype)[None]])
+        def closed(rows: np.ndarray, at_end: Any, *more: np.ndarray) -> np.ndarray:
+            out = np.empty((length + 1, *rows.shape[1:]), rows.dtype)
+            np.concatenate([rows, *more], out=out[:length])
+            out[length] = at_end
+            return out
 
+        first, *others = parts
         last_obs, last_factors = last
-        factors = cut(lambda block: block.factors)
         self.sink.add(
             Episode(
-                obs=tree_map(closed, cut(lambda block: block.obs), last_obs),
-                action=cut(lambda block: block.action),
-                reward=cut(lambda block: block.reward),
+                obs=tree_map(closed, first.obs, last_obs, *(part.obs for part in others)),
+                action=joined(*(part.action for part in parts)),
+                reward=joined(*(part.reward for part in parts)),
                 terminated=terminated,
                 truncated=truncated,
-                factors={name: closed(rows, last_factors[name]) for name, rows in factors.items()},
+                factors=tree_map(closed, first.factors, last_factors, *(part.factors for part in others)),
                 info={"seed": self.seeds[i], "env_index": i, "explorer_version": self.explorer_version},
             )
         )
 
     @staticmethod
-    def _rows(tree: Tree, lo: int, hi: int, i: int) -> Tree:
-        return tree_map(lambda x: x[lo:hi, i], tree)
+    def _rows(block: _Block, rows: slice, i: int) -> _Block:
+        """Returns a part of what environment `i` did, time first, sharing memory."""
+        return _Block(*(tree_map(lambda x: x[rows, i], getattr(block, f.name)) for f in dataclasses.fields(_Block)))
 
     def _at(self, time: int) -> tuple[_Block, int]:
         """Returns the block that holds a point in time, and its row there."""
@@ -209,7 +217,8 @@ class Recorder(VecEnvWrapper):
     def _put(self, obs: VecEnvObs, factors: list[Mapping[str, Any]]) -> None:
         """Notes what is observed now, and its ground truth."""
         if self._now - self._oldest == len(self._blocks) * self.BLOCK:
-            self._blocks.append(self._new_block())
+            self._blocks.append(self._spare or self._new_block())
+            self._spare = None
         block, row = self._at(self._now)
 
         def put(target: np.ndarray, value: np.ndarray) -> None:

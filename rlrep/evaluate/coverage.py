@@ -8,10 +8,10 @@ import numpy as np
 
 from rlrep.dataset import Dataset
 from rlrep.explore.base import hash_rows
-from rlrep.types import Episode, tree_map
+from rlrep.types import Episode, tree_leaves, tree_map
 
-CHUNK = 4096
-"""Rows that are hashed together."""
+CHUNK = 2**20
+"""Bytes of observations that are hashed together: many short episodes, or one long one."""
 
 
 class Distinct:
@@ -58,7 +58,7 @@ class Coverage:
             self.episodes += 1
             self.goals += bool((episode.reward > 0).any())
             self._pending.append(episode)
-            self._n_pending += len(episode) + 1
+            self._n_pending += sum(leaf.nbytes for leaf in tree_leaves(episode.obs))
             if self._n_pending >= CHUNK:
                 self._hash()
 
@@ -81,7 +81,10 @@ class Coverage:
     def _hash(self) -> None:
         if not self._pending:
             return
-        together: Any = lambda *parts: np.concatenate(parts)  # noqa: E731 (its type says nothing)
+
+        def together(*parts: np.ndarray) -> np.ndarray:
+            return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
         self._observations.add(hash_rows(tree_map(together, *(episode.obs for episode in self._pending))))
         factors = tree_map(together, *(episode.factors for episode in self._pending))
         if factors:
