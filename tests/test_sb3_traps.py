@@ -486,7 +486,9 @@ def test_kwargs_print_short() -> None:
 @pytest.mark.parametrize("mode", ["finetune", "frozen"])
 @pytest.mark.parametrize("algorithm", ["ppo", "dqn", "sac"])
 def test_weights_changed_before_learning_are_an_error(algorithm: str, mode: str) -> None:
-    model = build(algorithm, mode=mode)
+    # At once, also where random actions come first and the encoder is not asked for long.
+    warm_up = {} if algorithm == "ppo" else {"learning_starts": 1000}
+    model = build(algorithm, mode=mode, **warm_up)
     change(extractors(model)[0].encoder)
     with pytest.raises(WeightsChangedError, match="pre-trained weights"):
         learn(model)
@@ -525,9 +527,11 @@ def test_legitimate_training_is_no_error(algorithm: str) -> None:
 
 
 def test_a_frozen_policy_can_be_copied() -> None:
-    model = build("sac", mode="frozen")
+    model = learn(build("sac", mode="frozen"))
     venv_obs = model.env.reset()
     twin = copy.deepcopy(model.policy)
+    # Target networks too, though their running average has rounded.
+    twin.critic_target.set_training_mode(False)
     np.testing.assert_array_equal(
         model.policy.predict(venv_obs, deterministic=True)[0], twin.predict(venv_obs, deterministic=True)[0]
     )
