@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,7 +142,7 @@ class ListCommand:
         }
         auto = ", ".join(f"{name} for {kind}" for kind, name in AUTO.items())
         tables["encoders"].insert(0, ("auto", f"By the kind of observation: {auto}.", "", ""))
-        tables["algorithms"] = [(name, _first_line(cls), "", "") for name, cls in algorithms().items()]
+        tables["algorithms"] = [(name, _first_line(cls), "", _paper(cls)) for name, cls in sorted(algorithms().items())]
         console = Console(width=None if sys.stdout.isatty() else 160)
         for title, rows in tables.items():
             if self.kind not in ("all", title):
@@ -156,8 +157,16 @@ def _first_line(cls: type) -> str:
     return (cls.__doc__ or "").strip().split("\n")[0]
 
 
+def _paper(algorithm: type) -> str:
+    """Returns the first paper that SB3 itself names for an algorithm."""
+    found = re.search(r"https?://(arxiv\.org/abs/|openreview\.net/)([\w.?=-]+)", algorithm.__doc__ or "")
+    if found is None:
+        return ""
+    return f"arXiv:{found[2]}" if found[1].startswith("arxiv") else found[1] + found[2]
+
+
 def _options(registry: Any, name: str) -> str:
-    return ", ".join(f"{key}={p.default}" for key, p in registry.options(name).items())
+    return ", ".join(registry.signature(name))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,6 +110,11 @@ class Registry(Generic[C]):
         variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         return {k: p for k, p in parameters.items() if k not in self._given and p.kind not in variadic}
 
+    def signature(self, name: str) -> list[str]:
+        """Returns the options as text, `"lag=3"`, or only the key of one that has no default."""
+        options = self.options(name).items()
+        return [key if p.default is p.empty else f"{key}={p.default}" for key, p in options]
+
     def parse(self, spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Splits a spec into its name and options, both checked.
 
@@ -131,7 +136,7 @@ class Registry(Generic[C]):
         valid = self.options(name)
         for key in options:
             if key not in valid:
-                listing = ", ".join(f"{k}={p.default}" for k, p in valid.items()) or "none"
+                listing = ", ".join(self.signature(name)) or "none"
                 raise SpecError(
                     f"{self.kind} {name!r} has no option {key!r}.{nearest(str(key), valid)} Its options: {listing}."
                 )
