@@ -38,16 +38,16 @@ class Rarity(nn.Module):
     def __init__(self, n_codes: int, power: float) -> None:
         super().__init__()
         self.power = power
-        # Starting from one of each keeps a code that was never seen finite.
-        self.register_buffer("counts", torch.ones(n_codes))
+        # A sliver of each: before anything is counted, all weigh alike.
+        self.register_buffer("counts", torch.full((n_codes,), 1e-6))
 
     def forward(self, codes: Tensor) -> Tensor:
         """Integer codes of any shape -> weights of that shape."""
         if self.training:
             self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
-        frequency = self.counts / self.counts.sum()
-        weight = frequency.pow(-self.power)
-        return (weight / (frequency * weight).sum())[codes]
+        # A code never seen weighs as much as one seen once, and does not enter the average.
+        weight = self.counts.clamp(min=1).pow(-self.power)
+        return (weight * self.counts.sum() / (self.counts * weight).sum())[codes]
 
 
 class Reconstruction(nn.Module):
@@ -70,9 +70,9 @@ class Reconstruction(nn.Module):
         match self.kind:
             case "dict":
                 subspaces = cast(gym_spaces.Dict, space).spaces
-                self.parts = nn.ModuleDict(
-                    {k: Reconstruction(s, features_dim, rarity, width) for k, s in subspaces.items()}
-                )
+                self.keys = list(subspaces)
+                # A list, since a ModuleDict refuses keys such as "keys" or "arm.angle".
+                self.parts = nn.ModuleList(Reconstruction(s, features_dim, rarity, width) for s in subspaces.values())
             case "picture":
                 shape = spaces.picture_shape(space)
                 self.channels = 3 if shape[0] % 3 == 0 else 1
@@ -99,7 +99,8 @@ class Reconstruction(nn.Module):
         """(N, D), raw (N, *obs_shape) -> (N,) error of each observation."""
         match self.kind:
             case "dict":
-                return torch.stack([part(features, obs[k]) for k, part in self.parts.items()]).sum(dim=0)
+                parts = zip(self.keys, self.parts, strict=True)
+                return torch.stack([part(features, obs[key]) for key, part in parts]).sum(dim=0)
             case "picture":
                 return self._picture(features, obs)
             case "grid":
