@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from gymnasium.spaces import Space
 from torch import Tensor, nn
 
@@ -49,12 +52,23 @@ class Objective(nn.Module):
     def features(self, batch: Batch, n: int) -> Tensor:
         """Returns the encoder's features of the first `n` observations of each segment, (B, n, D).
 
-        They are encoded once a batch, however many objectives ask.
+        Each is encoded once a batch, however many objectives of a sum ask.
         """
-        known = batch.memo.get("features")
-        if known is None or known.shape[1] < n:
-            known = batch.memo["features"] = self.encoder.encode(tree_map(lambda x: x[:, :n], batch.obs))
+        known: Tensor | None = batch.memo.get(self.encoder)
+        have = 0 if known is None else known.shape[1]
+        if known is None or have < n:
+            more = self.encoder.encode(tree_map(lambda x: x[:, have:n], batch.obs))
+            known = batch.memo[self.encoder] = more if known is None else torch.cat([known, more], dim=1)
         return known[:, :n]
+
+    def actions(self, batch: Batch) -> Tensor:
+        """Returns the actions (B, T, *action_shape), with a valid one wherever the batch has only padding.
+
+        Padding is zeros or anything else, which a discrete space may not contain.
+        """
+        mask = batch.mask.reshape(*batch.mask.shape, *(1,) * (batch.action.ndim - 2))
+        valid = torch.as_tensor(getattr(self.action_space, "start", 0), device=batch.action.device)
+        return torch.where(mask, batch.action, valid.to(batch.action.dtype))
 
 
 objectives: Registry[type[Objective]] = Registry("objective", "rlrep.objectives", given=("encoder", "action_space"))
@@ -80,12 +94,11 @@ class Sum(Objective):
         """Returns the weighted sum; the metrics of each term are prefixed by its name."""
         total: Any = 0.0
         metrics: Metrics = {}
-        # Longest span first, so that the features encoded for it serve the shorter ones.
-        order = sorted(range(len(self.terms)), key=lambda i: -self.terms[i].span)  # type: ignore[operator]
-        for i in order:
-            term = self.terms[i]
+        # What was shared in an earlier call belongs to the weights of then.
+        batch = dataclasses.replace(batch, memo={})
+        for weight, term in zip(self.weights, self.terms, strict=True):
             loss, found = term(batch)
-            total = total + self.weights[i] * loss
+            total = total + weight * loss
             metrics |= {f"{term.name}/loss": loss.detach()} | {f"{term.name}/{k}": v for k, v in found.items()}
         return total, metrics
 
@@ -110,7 +123,7 @@ def make_objective(specs: Spec | Sequence[Spec], encoder: Encoder, action_space:
     for spec in [specs] if isinstance(specs, str | Mapping) else specs:
         options = dict(spec) if isinstance(spec, Mapping) else _as_mapping(spec)
         weight = options.pop("weight", 1.0)
-        if not isinstance(weight, int | float) or not weight > 0:
+        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise SpecError(f"the weight of objective {spec!r} must be a positive number, not {weight!r}")
         terms.append((weight, objectives.build(options, encoder=encoder, action_space=action_space)))
     if not terms:

@@ -38,7 +38,7 @@ class Inverse(Objective):
         """Returns the mean loss over segments that last `lag` steps."""
         features = self.features(batch, self.span + 1)
         output = self.predict(torch.cat([features[:, 0], features[:, self.span]], dim=-1))
-        action, mask = batch.action[:, 0], batch.mask[:, self.span - 1]
+        action, mask = self.actions(batch)[:, 0], batch.mask[:, self.span - 1]
         loss = losses.masked_mean(losses.action_loss(self.action_space, output, action), mask)
         correct = losses.action_correct(self.action_space, output, action)
         return loss, {} if correct is None else {"accuracy": losses.masked_mean(correct.float(), mask).detach()}

@@ -59,9 +59,9 @@ class SPR(Objective):
         """Returns the mean distance of prediction and target over the steps that lie within the episode."""
         now = tree_map(lambda x: x[:, 0], batch.obs)
         latent = self.encoder(self.augment(now)) if self.augment.active else self.features(batch, 1)[:, 0]
-        predictions = []
+        actions, predictions = self.actions(batch), []
         for k in range(self.span):
-            action = self.embed_action(batch.action[:, k])
+            action = self.embed_action(actions[:, k])
             latent = self.normalise(latent + self.transition(torch.cat([latent, action], dim=-1)))
             predictions.append(self.predict(self.project(latent)))
         with torch.no_grad():
