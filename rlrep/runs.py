@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,13 +26,14 @@ from typing import Any
 from rlrep.types import RunError
 
 FORMAT_VERSION = 1
-RECORD = "run.json"
+RECORD, LOCK = "run.json", ".lock"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` on a temporary path beside `path`, flushes it to disk and renames it into place.
 
-    Works for a file or a folder; a reader sees the old one or the new one, never half of either.
+    Works for a file or a folder; a reader sees the old one or the new one, never half of either. While a folder
+    replaces another there is an instant in which a reader sees none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -43,8 +45,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
         if target.is_dir() and path.is_dir():
-            path.rename(aside / "replaced")
-        target.replace(path)
+            replaced = aside / f".{path.name}"
+            path.rename(replaced)
+            try:
+                target.rename(path)
+            except OSError:
+                replaced.rename(path)
+                raise
+        else:
+            target.replace(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -70,16 +79,30 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Appends one line of JSON; a line is whole or it is dropped by `read_jsonl`."""
-    with path.open("a") as handle:
-        handle.write(json.dumps(row) + "\n")
+    """Appends one line of JSON, in place of a last line that was cut short by a kill."""
+    with path.open("a+b") as handle:
+        if end := handle.tell():
+            handle.seek(end - 1)
+            if handle.read() != b"\n":
+                handle.truncate(path.read_bytes().rfind(b"\n") + 1)
+        handle.write(json.dumps(row).encode() + b"\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Reads the whole lines of a JSONL file; a last line cut short by a kill is left out."""
+    """Reads the whole lines of a JSONL file, none if there is no file; a last line cut short by a kill is left out.
+
+    Raises:
+        RunError: Another line is damaged.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+    rows = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"line {number} of {path} is damaged: {error}") from error
+    return rows
 
 
 def trim_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -93,10 +116,13 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
     packages = ("rlrep", "torch", "numpy", "gymnasium", "stable-baselines3", "minigrid", "tensorstore")
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+        root = Path(__file__).resolve().parents[1]
+        git = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
+        top, head = subprocess.run(git, capture_output=True, text=True, check=True, timeout=5).stdout.split("\n")[:2]
+        # A virtual environment may lie in somebody else's repository.
+        commit = head if Path(top).resolve() == root else None
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "versions": {"python": platform.python_version()}
@@ -119,15 +145,23 @@ def differences(asked: Mapping[str, Any], found: Mapping[str, Any], prefix: str 
     return lines
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(path for path in (folder, *folder.parents) if path.exists())
+        raise RunError(f"{file} is a file; a folder is needed") from error
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Holds `folder` for this process; the operating system lets go when the process dies, however it dies.
 
     Raises:
-        RunError: Another process is writing there.
+        RunError: Another process is writing there, or it is a file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as handle:
+    _make(folder)
+    with (folder / LOCK).open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -159,18 +193,14 @@ class RunFolder:
     ) -> None:
         self.path = Path(path)
         self.settings = json.loads(json.dumps(settings))
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is a file; a folder is needed")
-        left = [p.name for p in self.path.iterdir() if p.name != ".lock"] if self.path.exists() else []
-        if left and RECORD not in left:
-            # A folder we did not write is never removed, whatever was asked.
-            raise RunError(f"{self.path} holds files that rlrep did not write ({sorted(left)[0]}, ...); choose another")
+        _make(self.path)
+        # What a kill left of writing the record itself is nothing yet.
+        left = sorted(p for p in self.path.iterdir() if p.name != LOCK and not p.name.startswith(f".{RECORD}."))
+        self.record: dict[str, Any] = self._own_record(left) if left else {}
+        self.resumed = bool(left) and not overwrite
         if left and overwrite:
-            shutil.rmtree(self.path)
-            left = []
-        self.resumed = bool(left)
-        if left:
-            self.record: dict[str, Any] = read_json(self.path / RECORD)
+            self._empty(left)
+        if self.resumed:
             if self.record["stage"] != stage:
                 raise RunError(f"{self.path} holds a {self.record['stage']} run, not {stage}; choose another folder")
             if changed := differences(self.settings, self.record["settings"]):
@@ -187,6 +217,23 @@ class RunFolder:
                 "provenance": provenance(seed),
             }
             write_json(self.path / RECORD, self.record)
+
+    def _own_record(self, left: list[Path]) -> dict[str, Any]:
+        record = read_json(self.path / RECORD) if self.path / RECORD in left else None
+        if not isinstance(record, dict) or not {"format_version", "stage", "settings", "finished"} <= record.keys():
+            # A folder we did not write is never removed, whatever was asked.
+            raise RunError(f"{self.path} holds files that rlrep did not write ({left[0].name}, ...); choose another")
+        return record
+
+    def _empty(self, left: list[Path]) -> None:
+        # A kill from here on leaves a run that nobody asks for: not finished, nor one to resume.
+        write_json(self.path / RECORD, self.record | {"settings": {}, "finished": False})
+        # The lock stays: without its file another process could hold the folder too.
+        for path in left:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != RECORD:
+                path.unlink()
 
     @property
     def finished(self) -> bool:
