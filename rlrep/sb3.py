@@ -271,7 +271,8 @@ def policy_kwargs(
     """Returns `policy_kwargs` that put an encoder into a policy of an SB3 algorithm.
 
     `PPO("CnnPolicy", env, policy_kwargs=rlrep.policy_kwargs(encoder, "ppo"))`; the policy may be called CnnPolicy or
-    MlpPolicy alike, and MultiInputPolicy for dict observations.
+    MlpPolicy alike, and MultiInputPolicy for dict observations. Around the environments, use `VecNormalize` with
+    `norm_obs=False` only: of pictures this is checked, but normalised vectors cannot be told from raw ones.
 
     Args:
         encoder: The encoder, its folder, or the folder of the run that trained it.
