@@ -44,7 +44,8 @@ def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared L2 distance of the normalised vectors, 2 - 2 cos, over the last axis (BYOL, arXiv:2006.07733)."""
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
-    return 2 - 2 * F.cosine_similarity(prediction, target, dim=-1)
+    # In bfloat16 a cosine near 1, where training ends, has lost all its digits.
+    return 2 - 2 * F.cosine_similarity(prediction.float(), target.float(), dim=-1)
 
 
 def action_loss(space: Space, output: Tensor, action: Tensor) -> Tensor:
