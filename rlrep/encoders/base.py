@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from gymnasium import spaces as gym_spaces
 from gymnasium.spaces import Space
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from rlrep import runs, spaces
 from rlrep.registry import Registry, SpecError
-from rlrep.types import RunError, SpaceError, Tree, tree_leaves, tree_map
+from rlrep.types import RunError, SpaceError, Tree, tree_map
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -71,7 +72,10 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
 
     def encode(self, obs: Tree) -> Tensor:
         """(..., *obs_shape) raw observations of any leading axes -> (..., D) features."""
-        leaf, space = tree_leaves(obs)[0], next(iter(spaces.leaves(self.observation_space).values()))
+        leaf, space = obs, self.observation_space
+        while isinstance(space, gym_spaces.Dict):
+            key = next(iter(space.spaces))
+            leaf, space = leaf[key], space.spaces[key]
         leading = leaf.shape[: leaf.ndim - len(cast(tuple[int, ...], space.shape))]
         features = self(tree_map(lambda x: x.reshape(-1, *x.shape[len(leading) :]), obs))
         return features.reshape(*leading, self.features_dim)
@@ -170,13 +174,15 @@ def load_encoder(encoder: str | Path | Encoder) -> Encoder:
     A run folder of `rlrep pretrain` is accepted as well as the encoder folder in it.
 
     Raises:
-        RunError: There is no encoder there.
+        RunError: There is no encoder there, or its files are damaged.
     """
     if isinstance(encoder, Encoder):
         return encoder
     path = Path(encoder)
     for folder in (path, path / "encoder"):
         if (folder / CONFIG).exists():
+            # The hub mixin reads it too, but says of a damaged file only what the JSON parser says.
+            runs.read_json(folder / CONFIG)
             return Encoder.from_pretrained(folder)
     if path.exists():
         unfinished = " It holds a pre-training run that has not finished." if (path / runs.RECORD).exists() else ""

@@ -39,9 +39,13 @@ class Dict(Encoder):
                     f"the observation has no key {key!r}.{nearest(key, subspaces)} Its keys: {', '.join(subspaces)}"
                 )
         specs: dict[str, Any] = dict(keys or {})
-        self.parts = nn.ModuleDict({key: make_encoder(specs.get(key, "auto"), sub) for key, sub in subspaces.items()})
-        self.head = nets.head(sum(cast(Encoder, part).features_dim for part in self.parts.values()), features_dim)
+        self.keys = list(subspaces)
+        # A list, since a ModuleDict refuses keys such as "keys" or "arm.angle".
+        self.parts = nn.ModuleList(make_encoder(specs.get(key, "auto"), sub) for key, sub in subspaces.items())
+        self.head = nets.head(sum(cast(Encoder, part).features_dim for part in self.parts), features_dim)
 
     def forward(self, obs: Tree) -> Tensor:
         """A dict of (N, *shape) -> (N, D)."""
-        return self.head(torch.cat([part(obs[key]) for key, part in self.parts.items()], dim=1).relu())
+        return self.head(
+            torch.cat([part(obs[key]) for key, part in zip(self.keys, self.parts, strict=True)], dim=1).relu()
+        )

@@ -87,7 +87,7 @@ def test_features_have_the_promised_shape(name: str, space: spaces.Space) -> Non
 def test_encode_takes_any_leading_axes(name: str, space: spaces.Space, leading: tuple[int, ...]) -> None:
     encoder, obs = build(name, space), observations(space, 6)
     flat = tree_map(lambda x: x[: int(np.prod(leading))], obs)
-    led = tree_map(lambda x: x.reshape(*leading, *x.shape[1:]), flat)
+    led = tree_map(lambda x: x.reshape((*leading, *x.shape[1:])), flat)
     features = encoder.encode(led)
     assert features.shape == (*leading, 16)
     torch.testing.assert_close(features.reshape(-1, 16), encoder(flat))
@@ -98,11 +98,11 @@ def test_saved_and_loaded_it_is_the_same(name: str, space: spaces.Space, tmp_pat
     encoder, obs = build(name, space).eval(), observations(space, 3)
     encoder.provenance = {"data": "abc"}
     encoder.save_pretrained(tmp_path / "encoder")
-    json.loads(json.dumps(encoder.config))
+    config = json.loads(json.dumps(encoder.config))
     for loaded in (load_encoder(tmp_path / "encoder"), Encoder.from_pretrained(tmp_path / "encoder")):
         assert type(loaded) is type(encoder)
         assert loaded.digest() == encoder.digest()
-        assert loaded.config == encoder.config
+        assert json.loads(json.dumps(loaded.config)) == config
         assert loaded.observation_space == space
         assert torch.equal(loaded(obs), encoder(obs))
 
@@ -146,7 +146,7 @@ def test_bf16_autocast_runs_and_comes_close(name: str, space: spaces.Space) -> N
 
 
 @every
-def test_a_picky_observation_order_of_keys_is_fine(name: str, space: spaces.Space) -> None:
+def test_the_order_of_the_keys_does_not_matter(name: str, space: spaces.Space) -> None:
     if not isinstance(space, spaces.Dict):
         pytest.skip("only a dict has keys")
     encoder, obs = build(name, space), observations(space, 2, 3)
