@@ -208,8 +208,6 @@ class _Column:
     """One Zarr array that grows at its end, and the rows that wait to be written.
 
     The rows of the last, partly filled shard stay in memory, so that a shard is always written whole and never read.
-    New rows are collected in one block while another is written; both are used again and again, since fresh memory
-    costs more than all the copying.
 
     Args:
         folder: The dataset's folder.
@@ -235,24 +233,28 @@ class _Column:
         with _reading(folder, name):
             self._block: np.ndarray = self.store[self._start : rows].read().result()
         self._filled = len(self._block)
-        self._spare = self._block[:0]
 
     def extend(self, values: np.ndarray, rows: int) -> None:
         """Copies values to the end of the block, and zeros where there are fewer than `rows`."""
         end = self._filled + rows
-        self._block = _grown(self._block, end, self._filled)
+        if end > len(self._block):
+            self._renew(max(end, 2 * len(self._block)), self._block[: self._filled])
         self._block[self._filled : self._filled + len(values)] = values
         self._block[self._filled + len(values) : end] = 0
         self._filled = end
 
     def take(self) -> tuple[int, np.ndarray]:
-        """Returns the block to write and its first row; it stays as it is until the next call."""
-        start, block, filled = self._start, self._block, self._filled
-        whole = filled - filled % self._shard
-        self._block = _grown(self._spare, filled - whole, 0)
-        self._block[: filled - whole] = block[whole:filled]
-        self._spare, self._start, self._filled = block, start + whole, filled - whole
-        return start, block[:filled]
+        """Returns the block to write, which is not touched again, and its first row."""
+        start, block = self._start, self._block[: self._filled]
+        whole = len(block) - len(block) % self._shard
+        self._start += whole
+        self._renew(len(self._block), block[whole:])
+        return start, block
+
+    def _renew(self, capacity: int, rows: np.ndarray) -> None:
+        self._block = np.empty((capacity, *rows.shape[1:]), dtype=rows.dtype)
+        self._block[: len(rows)] = rows
+        self._filled = len(rows)
 
 
 def _resize(store: ts.TensorStore, rows: int) -> ts.Future[ts.TensorStore]:
@@ -264,18 +266,12 @@ def _write(work: Sequence[tuple[_Column, int, np.ndarray]]) -> None:
     resized = [_resize(column.store, start + len(block)) for column, start, block in work]
     for (column, _, _), future in zip(work, resized, strict=True):
         column.store = future.result()
-    writes = [column.store[start : start + len(block)].write(block) for column, start, block in work]
+    writes = [
+        column.store[start : start + len(block)].write(block, can_reference_source_data_indefinitely=True)
+        for column, start, block in work
+    ]
     for write in writes:
         write.result()
-
-
-def _grown(block: np.ndarray, rows: int, keep: int) -> np.ndarray:
-    """Returns a block with room for `rows`, whose first `keep` rows are those of the given one."""
-    if len(block) >= rows:
-        return block
-    bigger = np.empty((max(rows, 2 * len(block)), *block.shape[1:]), dtype=block.dtype)
-    bigger[:keep] = block[:keep]
-    return bigger
 
 
 class DatasetWriter:
@@ -342,7 +338,7 @@ class DatasetWriter:
             self._stack = stack.pop_all()
         self._lengths: list[int] = []
         self._info: list[tuple[int, ...]] = []
-        self._buffered_bytes = 0
+        self._buffered_rows = self._buffered_bytes = 0
         self._pending: Future[None] | None = None
         self._failure: Exception | None = None
         self._closed = False
@@ -426,8 +422,9 @@ class DatasetWriter:
             self._steps[name].extend(values, rows)
         self._lengths.append(rows)
         self._info.append(info)
+        self._buffered_rows += rows
         self._buffered_bytes += sum(values.nbytes for values in columns.values())
-        if sum(self._lengths) >= self._flush_every or self._buffered_bytes >= COMMIT_BYTES:
+        if self._buffered_rows >= self._flush_every or self._buffered_bytes >= COMMIT_BYTES:
             self._start_commit()
 
     def flush(self) -> None:
@@ -472,7 +469,8 @@ class DatasetWriter:
         if self._lengths:
             blocks = {name: column.take() for name, column in self._steps.items()}
             self._pending = self._worker.submit(self._commit, blocks, self._lengths, self._info)
-            self._lengths, self._info, self._buffered_bytes = [], [], 0
+            self._lengths, self._info = [], []
+            self._buffered_rows = self._buffered_bytes = 0
 
     def _wait(self) -> None:
         if self._pending is not None:
