@@ -7,6 +7,7 @@ integers from 0 to one bound: words), `vector` (everything else that flattens to
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -79,12 +80,18 @@ def picture_shape(space: Space) -> tuple[int, int, int]:
 
 
 def flat_dim(space: Space) -> int:
-    """Returns how many numbers `flatten` makes of one observation."""
+    """Returns how many numbers `Flatten` makes of one observation or action.
+
+    Raises:
+        SpaceError: A space that does not flatten to numbers.
+    """
+    if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        raise SpaceError(f"space {space} does not flatten to numbers: use Discrete, MultiDiscrete, MultiBinary or Box")
     if isinstance(space, spaces.Discrete):
         return int(space.n)
     if isinstance(space, spaces.MultiDiscrete):
         return int(space.nvec.sum())
-    return int(np.prod(cast(tuple[int, ...], space.shape)))
+    return math.prod(space.shape)
 
 
 class Flatten(nn.Module):

@@ -119,11 +119,13 @@ def make_objective(specs: Spec | Sequence[Spec], encoder: Encoder, action_space:
     Raises:
         SpecError: No objective, an unknown one, one named twice, or a weight that is not positive.
     """
+    if not isinstance(specs, str | Mapping | Sequence):
+        raise SpecError(f"objectives are specs such as 'ae', or a list of them, not {specs!r}")
     terms: list[tuple[float, Objective]] = []
     for spec in [specs] if isinstance(specs, str | Mapping) else specs:
-        options = dict(spec) if isinstance(spec, Mapping) else _as_mapping(spec)
+        options = _as_mapping(spec)
         weight = options.pop("weight", 1.0)
-        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise SpecError(f"the weight of objective {spec!r} must be a positive number, not {weight!r}")
         terms.append((weight, objectives.build(options, encoder=encoder, action_space=action_space)))
     if not terms:
@@ -134,7 +136,11 @@ def make_objective(specs: Spec | Sequence[Spec], encoder: Encoder, action_space:
     return Sum(terms)
 
 
-def _as_mapping(spec: str) -> dict[str, Any]:
+def _as_mapping(spec: Spec) -> dict[str, Any]:
+    if isinstance(spec, Mapping):
+        return dict(spec)
+    if not isinstance(spec, str):
+        raise SpecError(f"an objective is given as 'name:key=value' or a mapping with a 'name', not {spec!r}")
     try:
         name, options = split_spec(spec)
     except ValueError as error:
