@@ -209,9 +209,9 @@ class Recorder(VecEnvWrapper):
         """Returns a part of what environment `i` did, time first, sharing memory."""
         return _Block(*(tree_map(lambda x: x[rows, i], getattr(block, f.name)) for f in dataclasses.fields(_Block)))
 
-    def _at(self, time: int) -> tuple[_Block, int]:
+    def _at(self, t: int) -> tuple[_Block, int]:
         """Returns the block that holds a point in time, and its row there."""
-        index, row = divmod(time - self._oldest, self.BLOCK)
+        index, row = divmod(t - self._oldest, self.BLOCK)
         return self._blocks[index], row
 
     def _put(self, obs: VecEnvObs, factors: list[Mapping[str, Any]]) -> None:
@@ -379,17 +379,14 @@ class IntrinsicReward(VecEnvWrapper):
 
 def _true_next(obs: VecEnvObs, dones: np.ndarray, infos: list[dict[str, Any]]) -> Tree:
     """Returns the observations that the actions led to: an episode's last one, not the next one's first."""
-    ended = np.flatnonzero(dones).tolist()
-    if not ended:
-        return obs
-    true = tree_map(np.copy, obs)
-    for i in ended:
+    ended = np.flatnonzero(dones)
 
-        def put(target: np.ndarray, last: Any, i: int = i) -> None:
-            target[i] = last
+    def put(reset: np.ndarray, *last: Any) -> np.ndarray:
+        true = reset.copy()
+        true[ended] = last
+        return true
 
-        tree_map(put, true, _last_observation(infos[i]))
-    return true
+    return tree_map(put, obs, *(_last_observation(infos[i]) for i in ended)) if len(ended) else obs
 
 
 def _segments(
@@ -407,17 +404,17 @@ def _segments(
     for _ in range(epochs):
         order = torch.from_numpy(rng.permutation(t_end * n))
         for chosen in order.split(batch_size):
-            time, env = (chosen // n)[:, None], (chosen % n)[:, None]
-            at = time + torch.arange(span)
+            t, env = (chosen // n)[:, None], (chosen % n)[:, None]
+            at = t + torch.arange(span)
             inside = at < t_end
             at = at.clamp(max=t_end - 1)
             over = done[at, env].cpu().cumsum(dim=1) > 0
             mask = inside & ~torch.cat([torch.zeros_like(over[:, :1]), over[:, :-1]], dim=1)
             # Past the end the last true step stands, so that its observation is repeated.
-            at = torch.minimum(at, time + mask.sum(dim=1, keepdim=True) - 1)
+            at = torch.minimum(at, t + mask.sum(dim=1, keepdim=True) - 1)
             yield Batch(
                 obs=tree_map(
-                    lambda now, then, time=time, env=env, at=at: torch.cat([now[time, env], then[at, env]], dim=1),
+                    lambda now, then, t=t, env=env, at=at: torch.cat([now[t, env], then[at, env]], dim=1),
                     obs,
                     next_obs,
                 ),
@@ -457,7 +454,7 @@ def collect(
         explorer: `random`, `policy:PATH`, or a bonus that rewards a PPO policy for what is new: `count`, `rnd`.
         steps: Environment steps in the dataset, all environments together, rounded up to a multiple of `n_envs`.
         n_envs: Environments stepped together.
-        seed: Of environments, networks and actions.
+        seed: Of networks and actions; environment i has the seed `seed * n_envs + i`.
         episodic: Whether returns of a bonus stop where episodes do; see `IntrinsicReward` for why they do not.
         encoder: Spec of the exploring policy's network.
         settings: Arguments of PPO, over those in `PPO_SETTINGS`.
@@ -478,9 +475,11 @@ def collect(
     for name, value in {"steps": steps, "n_envs": n_envs, "checkpoint_every": checkpoint_every}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, and it is {seed}")
     out = Path(out)
     spec = None if isinstance(env, VecEnv) else EnvSpec.parse(env)
-    asked = {
+    asked: dict[str, Any] = {
         "env": None if spec is None else str(spec),
         "explorer": explorer,
         "n_envs": env.num_envs if isinstance(env, VecEnv) else n_envs,
@@ -493,9 +492,9 @@ def collect(
     if done >= steps:
         print(f"{out} already holds {done:,} steps")
         return Dataset(out)
-    # Whoever goes on where another stopped must not walk the same way again.
+    # Environments of different seeds have no layout in common, and whoever goes on does not begin with known ones.
     chance = np.random.SeedSequence([seed, done])
-    first_seed = int(chance.generate_state(1)[0] >> 1) if done else seed
+    first_seed = int(chance.generate_state(1)[0] >> 1) if done else seed * asked["n_envs"]
     with contextlib.ExitStack() as stack, torch.random.fork_rng(devices=[]):
         if isinstance(env, VecEnv):
             venv, n_stack = env, 1
@@ -513,6 +512,7 @@ def collect(
         venv.reset()
         factor_names = list(venv.unwrapped.reset_infos[0].get("factors", {}))
         venv.seed(first_seed)
+        interrupted = stack.enter_context(_deferred_interrupt())
         writer = stack.enter_context(
             DatasetWriter(
                 out,
@@ -525,7 +525,7 @@ def collect(
                 flush_every=checkpoint_every,
             )
         )
-        session = _Session(out, writer, steps, checkpoint_every)
+        session = _Session(out, writer, steps, checkpoint_every, interrupted)
         recorder = session.recorder = Recorder(venv, session, seed=first_seed)
         top: VecEnv = FrameStack(recorder, n_stack) if n_stack > 1 else recorder
         rng = np.random.default_rng(chance)
@@ -550,7 +550,7 @@ def collect(
 
 def _committed(out: Path, asked: Mapping[str, Any]) -> int:
     """Returns how many steps are in `out`, once it is clear that they were collected with the settings asked for."""
-    if not (out / META).exists():
+    if not (out / COMMIT).exists():
         return 0
     found = runs.read_json(out / META)["writers"][-1]["collector"]
     if not isinstance(found, Mapping):
@@ -560,8 +560,6 @@ def _committed(out: Path, asked: Mapping[str, Any]) -> int:
             f"{out} was collected with other settings: {'; '.join(changed)}. "
             "Choose another folder, or pass overwrite to start again."
         )
-    if not (out / COMMIT).exists():
-        return 0
     record = runs.read_json(out / COMMIT)
     return record["rows"] - record["episodes"]
 
@@ -609,8 +607,10 @@ def _learn(session: _Session, env: IntrinsicReward, network: Encoder, settings: 
 class _Session:
     """One call of `collect`: how far it got, what it reached, and what it saves as it goes."""
 
-    def __init__(self, out: Path, writer: DatasetWriter, steps: int, checkpoint_every: int) -> None:
-        self.out, self.writer, self.steps, self.checkpoint_every = out, writer, steps, checkpoint_every
+    def __init__(
+        self, out: Path, writer: DatasetWriter, steps: int, checkpoint_every: int, interrupted: threading.Event
+    ) -> None:
+        self.writer, self.steps, self.checkpoint_every = writer, steps, checkpoint_every
         self.folder = out / EXPLORER
         self.folder.mkdir(exist_ok=True)
         for left in self.folder.glob(".*"):
@@ -629,7 +629,7 @@ class _Session:
         self._bar = tqdm(
             total=steps, initial=self.before, desc="collect", unit="step", unit_scale=True, mininterval=0.5
         )
-        self._interrupt = _DeferredInterrupt()
+        self._interrupted = interrupted
         self._started = time.perf_counter()
 
     def add(self, episode: Episode) -> None:
@@ -640,7 +640,7 @@ class _Session:
     def step(self) -> bool:
         """Called after every step of the environments; returns whether there is one more to take."""
         self._bar.update(self.recorder.num_envs)
-        if self._interrupt.asked:
+        if self._interrupted.is_set():
             raise KeyboardInterrupt
         if self.before + self.recorder.steps >= self.steps:
             return False
@@ -674,7 +674,6 @@ class _Session:
         return True
 
     def __enter__(self) -> _Session:
-        self._interrupt.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
@@ -682,7 +681,6 @@ class _Session:
             if kind is None or kind is KeyboardInterrupt:
                 self.checkpoint()
         finally:
-            self._interrupt.__exit__()
             self._bar.close()
         if kind is KeyboardInterrupt:
             print(f"stopped with {self.writer.n_transitions:,} steps on disk; the same command goes on from there")
@@ -723,23 +721,22 @@ class _Callback(BaseCallback):
         self.session.recorder.explorer_version += 1
 
 
-class _DeferredInterrupt:
-    """Holds Ctrl-C back, so that it stops between steps never in the middle of a write; a second one stops at once."""
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Holds Ctrl-C back: the event says that it came, so that nothing is cut short. A second one stops at once."""
+    asked = threading.Event()
+    # Python delivers signals to the main thread, and lets no other handle them.
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-
-    def __enter__(self) -> None:
-        # Python delivers signals to the main thread only, and lets only that one handle them.
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
-
-    def __exit__(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
             raise KeyboardInterrupt
-        self.asked = True
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -188,11 +188,11 @@ def test_minigrid_rows_are_those_of_stepping_by_hand(obs: str, tmp_path: Path) -
     spec = f"MiniGrid-Empty-Random-5x5-v0:obs={obs}"
     data = collect(spec, out=tmp_path / "data", steps=900, n_envs=3, seed=7)
     assert data.n_transitions == 900
-    assert data.table["seed"].tolist() == (7 + data.table["env_index"]).tolist()
+    assert data.table["seed"].tolist() == (7 * 3 + data.table["env_index"]).tolist()
     n_terminated = 0
     for i in range(3):
         env = make_env(spec)
-        obs_now, info = env.reset(seed=7 + i)
+        obs_now, info = env.reset(seed=7 * 3 + i)
         for episode in (e for e in data if e.info["env_index"] == i):
             over = (False, False)
             for t, action in enumerate(episode.action):
@@ -508,6 +508,7 @@ def test_a_dataset_of_another_origin_and_a_foreign_folder_are_not_touched(tmp_pa
         ({"explorer": "count", "settings": {"n_stepz": 1}}, ValueError, "Did you mean 'n_steps'"),
         ({"settings": {"n_steps": 1}}, ValueError, "learns nothing"),
         ({"steps": 0}, ValueError, "steps"),
+        ({"seed": -1}, ValueError, "seed"),
         ({"n_envs": 0}, ValueError, "n_envs"),
         ({"checkpoint_every": 0}, ValueError, "checkpoint_every"),
     ],
