@@ -42,7 +42,7 @@ class PictureAugment(nn.Module):
             return {key: self(value, f"{path}/{key}".lstrip("/")) for key, value in obs.items()}
         if path not in self._pictures or not self.active:
             return obs
-        x = obs.flatten(0, -4)
+        x = obs.reshape(-1, *obs.shape[-3:])
         x = (x.permute(0, 3, 1, 2) if self._last[path] else x).float()
         if self.shift:
             x = self._shifted(x)

@@ -1,0 +1,152 @@
+"""Losses against their formulas, written out with plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from rlrep import losses
+from rlrep.types import SpaceError
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def log_softmax(row: list[float]) -> list[float]:
+    highest = max(row)
+    total = sum(math.exp(x - highest) for x in row)
+    return [x - highest - math.log(total) for x in row]
+
+
+def test_masked_mean_leaves_out_what_is_masked() -> None:
+    values = torch.tensor([[1.0, 2.0], [4.0, 100.0]], requires_grad=True)
+    mean = losses.masked_mean(values, torch.tensor([[True, True], [True, False]]))
+    mean.backward()
+    assert float(mean.detach()) == pytest.approx(7 / 3)
+    torch.testing.assert_close(values.grad, torch.tensor([[1 / 3, 1 / 3], [1 / 3, 0.0]]))
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf])
+def test_masked_mean_stands_anything_under_the_mask(junk: float) -> None:
+    values = torch.tensor([1.0, junk], requires_grad=True)
+    mean = losses.masked_mean(values, torch.tensor([True, False]))
+    mean.backward()
+    assert float(mean.detach()) == 1
+    assert values.grad is not None
+    assert values.grad.tolist() == [1, 0]
+
+
+def test_masked_mean_of_nothing_is_zero() -> None:
+    assert float(losses.masked_mean(torch.tensor([math.nan]), torch.tensor([False]))) == 0
+
+
+@pytest.mark.parametrize("mask", [[True] * 6, [True, False, True, True, False, True], [False, False, True] * 2])
+def test_info_nce_is_the_mean_of_each_anchors_cross_entropy(mask: list[bool]) -> None:
+    logits = (3 * torch.randn(6, 6)).requires_grad_()
+    kept = [i for i in range(6) if mask[i]]
+    scores = logits.detach()
+    rows = {i: log_softmax([float(scores[i, j]) for j in kept]) for i in kept}
+    expected = -sum(rows[i][kept.index(i)] for i in kept) / len(kept)
+    right = [max(kept, key=lambda j, i=i: float(scores[i, j])) == i for i in kept]
+    loss, accuracy = losses.info_nce(logits, torch.tensor(mask))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(accuracy) == pytest.approx(sum(right) / len(right))
+    touched = {(i, j) for i, j in logits.grad.nonzero().tolist()}
+    assert touched == {(i, j) for i in kept for j in kept}
+
+
+def test_info_nce_of_one_pair_or_none_is_zero() -> None:
+    one = torch.tensor([True, False, False])
+    assert float(losses.info_nce(torch.randn(3, 3), one)[0]) == 0
+    loss, accuracy = losses.info_nce(torch.randn(3, 3), torch.zeros(3, dtype=torch.bool))
+    assert float(loss) == float(accuracy) == 0
+
+
+def test_info_nce_of_equal_scores_is_the_log_of_the_candidates() -> None:
+    assert float(losses.info_nce(torch.zeros(8, 8), torch.ones(8, dtype=torch.bool))[0]) == pytest.approx(math.log(8))
+
+
+def test_cosine_distance_is_the_squared_distance_of_unit_vectors() -> None:
+    a, b = torch.randn(2, 3, 5), 4 * torch.randn(2, 3, 5)
+    distance = losses.cosine_distance(a, b)
+    assert distance.shape == (2, 3)
+    for i in range(2):
+        for t in range(3):
+            x, y = (np.asarray(v[i, t], dtype=np.float64) for v in (a, b))
+            unit = x / np.sqrt((x**2).sum()) - y / np.sqrt((y**2).sum())
+            assert float(distance[i, t]) == pytest.approx((unit**2).sum(), rel=1e-5)
+    opposite = losses.cosine_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[-3.0, 0.0]]))
+    assert float(opposite) == pytest.approx(4)
+
+
+def test_discrete_actions_are_classified() -> None:
+    output, action = torch.randn(2, 3, 4), torch.tensor([[5, 6, 7], [8, 5, 5]])
+    loss = losses.action_loss(spaces.Discrete(4, start=5), output, action)
+    assert loss.shape == (2, 3)
+    for i in range(2):
+        for t in range(3):
+            expected = -log_softmax(output[i, t].tolist())[int(action[i, t]) - 5]
+            assert float(loss[i, t]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("space", "action"),
+    [
+        (spaces.MultiDiscrete([3, 2], start=[1, -1]), torch.tensor([[1, -1], [3, 0], [2, 0]])),
+        (spaces.MultiDiscrete([[3], [2]], start=[[1], [-1]]), torch.tensor([[[1], [-1]], [[3], [0]], [[2], [0]]])),
+    ],
+)
+def test_the_parts_of_a_multi_discrete_action_are_summed(space: spaces.MultiDiscrete, action: Tensor) -> None:
+    output = torch.randn(3, 5)
+    loss = losses.action_loss(space, output, action)
+    for i, (first, second) in enumerate(action.flatten(1).tolist()):
+        row = output[i].tolist()
+        expected = -log_softmax(row[:3])[first - 1] - log_softmax(row[3:])[second + 1]
+        assert float(loss[i]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_bits_of_a_multi_binary_action_are_summed() -> None:
+    output, action = torch.randn(2, 3), torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.int8)
+    loss = losses.action_loss(spaces.MultiBinary(3), output, action)
+    for i in range(2):
+        chance = [1 / (1 + math.exp(-x)) for x in output[i].tolist()]
+        expected = -sum(math.log(p if bit else 1 - p) for p, bit in zip(chance, action[i].tolist(), strict=True))
+        assert float(loss[i]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3)])
+def test_continuous_actions_are_regressed(shape: tuple[int, ...]) -> None:
+    output, action = torch.randn(2, 4, 3), torch.randn(2, 4, *shape)
+    loss = losses.action_loss(spaces.Box(-1, 1, shape, np.float32), output, action)
+    flat = action.reshape(2, 4, 3)
+    for i in range(2):
+        for t in range(4):
+            expected = sum((float(output[i, t, k]) - float(flat[i, t, k])) ** 2 for k in range(3)) / 3
+            assert float(loss[i, t]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_the_action_taken_counts_as_correct() -> None:
+    output = torch.tensor([[[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]]])
+    correct = losses.action_correct(spaces.Discrete(3, start=1), output, torch.tensor([[2, 3]]))
+    assert correct is not None
+    assert correct.tolist() == [[True, False]]
+    assert losses.action_correct(spaces.Box(-1, 1, (3,)), output, torch.zeros(1, 2, 3)) is None
+
+
+def test_shapes_that_do_not_fit_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"\(3,\).*\(4,\)"):
+        losses.masked_mean(torch.zeros(3), torch.ones(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"\(3, 4\)"):
+        losses.info_nce(torch.zeros(3, 4), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"\(3, 2\).*\(1, 2\)"):
+        losses.cosine_distance(torch.zeros(3, 2), torch.zeros(1, 2))
+    with pytest.raises(SpaceError, match="use Discrete"):
+        losses.action_loss(spaces.Text(3), torch.zeros(1, 3), torch.zeros(1))
