@@ -1,0 +1,252 @@
+"""Whole losses, worked out again by hand: one segment, one step, one pixel at a time."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from rlrep.encoders import Encoder, make_encoder
+from rlrep.objectives import Objective, objectives
+from rlrep.objectives.autoencoder import Rarity
+from rlrep.types import Batch, Tree
+
+VECTOR = spaces.Box(-np.inf, np.inf, (4,), np.float32)
+ACTIONS = spaces.Discrete(3, start=2)
+LENGTHS = (6, 6, 1, 3, 6)
+T = 6
+
+
+def build(spec: dict[str, Any], space: spaces.Space = VECTOR, action_space: spaces.Space = ACTIONS) -> Any:
+    torch.manual_seed(0)
+    objective = objectives.build(spec, encoder=make_encoder("auto:features_dim=8", space), action_space=action_space)
+    with torch.no_grad():
+        # Apart from their originals, so that swapping the two would show.
+        for name, parameter in objective.named_parameters():
+            if name.startswith("ema_"):
+                parameter += 0.1 * torch.randn_like(parameter)
+    return objective
+
+
+def segments(obs: Tree) -> Batch:
+    mask = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
+    rng = torch.Generator().manual_seed(3)
+    return Batch(
+        obs=obs,
+        action=torch.randint(2, 5, mask.shape, generator=rng),
+        terminated=torch.zeros_like(mask),
+        mask=mask,
+        first=torch.zeros_like(mask),
+    )
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return segments(torch.randn(len(LENGTHS), T + 1, 4, generator=torch.Generator().manual_seed(0)))
+
+
+def loss_of(objective: Objective, batch: Batch) -> tuple[float, dict[str, float]]:
+    loss, metrics = objective(batch)
+    return float(loss.detach()), {key: float(value) for key, value in metrics.items()}
+
+
+def features(encoder: Encoder, obs: Tensor) -> Tensor:
+    """(D,) of one observation."""
+    return encoder(obs[None])[0]
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+@torch.no_grad()
+def test_inverse_is_the_cross_entropy_of_the_first_action(lag: int, batch: Batch) -> None:
+    objective = build({"name": "inverse", "lag": lag})
+    found, right = [], []
+    for i, length in enumerate(LENGTHS):
+        if length < lag:
+            continue
+        ends = [features(objective.encoder, batch.obs[i, t]) for t in (0, lag)]
+        logits = objective.predict(torch.cat(ends)).tolist()
+        taken = int(batch.action[i, 0]) - 2
+        found.append(math.log(sum(math.exp(x) for x in logits)) - logits[taken])
+        right.append(logits[taken] == max(logits))
+    loss, metrics = loss_of(objective, batch)
+    assert len(found) == (5 if lag == 1 else 4)
+    assert loss == pytest.approx(sum(found) / len(found), rel=1e-4)
+    assert metrics == {"accuracy": pytest.approx(sum(right) / len(right))}
+
+
+@pytest.mark.parametrize(("lag", "anchors"), [(1, 1), (3, 1), (2, 3)])
+@torch.no_grad()
+def test_atc_picks_the_later_observation_out_of_the_batch(lag: int, anchors: int, batch: Batch) -> None:
+    objective = build({"name": "atc", "lag": lag, "anchors": anchors})
+    assert objective.span == lag + anchors - 1
+    pairs = [(i, t) for i, length in enumerate(LENGTHS) for t in range(anchors) if t + lag <= length]
+    queries, keys = [], []
+    for i, t in pairs:
+        anchor = objective.project(features(objective.encoder, batch.obs[i, t]))
+        queries.append(objective.bilinear.weight @ (anchor + objective.residual(anchor)))
+        keys.append(objective.ema_project(features(objective.ema_encoder, batch.obs[i, t + lag])))
+    found, right = [], []
+    for n, query in enumerate(queries):
+        scores = [float(query @ key) for key in keys]
+        found.append(math.log(sum(math.exp(s) for s in scores)) - scores[n])
+        right.append(scores[n] == max(scores))
+    loss, metrics = loss_of(objective, batch)
+    assert loss == pytest.approx(sum(found) / len(found), rel=1e-4)
+    assert metrics == {"accuracy": pytest.approx(sum(right) / len(right))}
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@torch.no_grad()
+def test_spr_rolls_forward_and_meets_the_slow_copy(steps: int, batch: Batch) -> None:
+    objective = build({"name": "spr", "steps": steps})
+    cosines = []
+    for i, length in enumerate(LENGTHS):
+        latent = features(objective.encoder, batch.obs[i, 0])
+        for k in range(min(steps, length)):
+            chosen = torch.zeros(3)
+            chosen[int(batch.action[i, k]) - 2] = 1
+            moved = latent + objective.transition(torch.cat([latent, chosen]))
+            latent = (moved - moved.mean()) / (moved.var(correction=0) + 1e-5).sqrt()
+            prediction = objective.predict(objective.project(latent))
+            target = objective.ema_project(features(objective.ema_encoder, batch.obs[i, k + 1]))
+            cosines.append(float(prediction @ target / (prediction.norm() * target.norm())))
+    loss, metrics = loss_of(objective, batch)
+    assert loss == pytest.approx(sum(2 - 2 * c for c in cosines) / len(cosines), rel=1e-4)
+    assert metrics == {"cosine": pytest.approx(sum(cosines) / len(cosines), abs=1e-5)}
+
+
+def squares(*shape: int, seed: int = 0) -> Tensor:
+    """(B, T+1, *shape) pictures of a few colours, one much commoner than the others."""
+    rng = np.random.default_rng(seed)
+    # 20 and 25 are one colour at 4 bits; 200 and 250 are two.
+    palette = np.array([[20, 20, 20], [25, 20, 20], [200, 20, 20], [250, 20, 20], [20, 200, 90]], np.uint8)
+    chosen = rng.choice(5, size=(len(LENGTHS), T + 1, *shape[:2]), p=[0.8, 0.1, 0.06, 0.03, 0.01])
+    return torch.from_numpy(palette[chosen][..., : shape[2]])
+
+
+PICTURES = {
+    "hwc": spaces.Box(0, 255, (36, 40, 3), np.uint8),
+    "chw": spaces.Box(0, 255, (3, 36, 40), np.uint8),
+    "grey": spaces.Box(0, 255, (36, 40, 1), np.uint8),
+    "two-frames": spaces.Box(0, 255, (36, 40, 6), np.uint8),
+}
+
+
+def pictures(layout: str, seed: int = 0) -> Tensor:
+    if layout == "two-frames":
+        return torch.cat([squares(36, 40, 3, seed=2 * seed), squares(36, 40, 3, seed=2 * seed + 1)], dim=-1)
+    drawn = squares(36, 40, 1 if layout == "grey" else 3, seed=seed)
+    return drawn.movedim(-1, -3) if layout == "chw" else drawn
+
+
+@pytest.mark.parametrize("layout", PICTURES)
+@torch.no_grad()
+def test_without_rarity_ae_is_the_plain_squared_error(layout: str) -> None:
+    objective = build({"name": "ae", "rarity": 0.0}, PICTURES[layout])
+    obs = pictures(layout)
+    drawn = objective.reconstruct.decode(objective.encoder(obs[:, 0]))
+    first = obs[:, 0] if layout == "chw" else obs[:, 0].movedim(-1, -3)
+    expected = ((255 * drawn.numpy().astype(np.float64) - first.numpy()) ** 2).mean() / 255**2
+    assert loss_of(objective, segments(obs))[0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", PICTURES)
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@torch.no_grad()
+def test_rarity_weighs_a_pixel_by_how_seldom_its_colour_is(layout: str, power: float) -> None:
+    objective = build({"name": "ae", "rarity": power}, PICTURES[layout])
+    counted: Counter[tuple[int, ...]] = Counter()
+    for seed in range(2):
+        # The second time round the frequencies are those of both batches.
+        obs = pictures(layout, seed)
+        loss = loss_of(objective, segments(obs))[0]
+        first = obs[:, 0] if layout == "chw" else obs[:, 0].movedim(-1, -3)
+        per_frame = 1 if layout == "grey" else 3
+        error = (objective.reconstruct.decode(objective.encoder(obs[:, 0])) - first / 255).square().numpy()
+        frames = first.numpy().reshape(len(LENGTHS), -1, per_frame, 36, 40)
+        error = error.reshape(frames.shape).mean(axis=2).ravel()
+        colours = [tuple(pixel) for pixel in (np.moveaxis(frames, 2, -1).reshape(-1, per_frame) // 16).tolist()]
+        counted.update(colours)
+        frequency = {colour: n / counted.total() for colour, n in counted.items()}
+        scale = sum(f * f**-power for f in frequency.values())
+        weight = {colour: f**-power / scale for colour, f in frequency.items()}
+        expected = np.mean([weight[colour] * e for colour, e in zip(colours, error, strict=True)])
+        # The sliver that every colour begins with shows at the third digit.
+        assert loss == pytest.approx(float(expected), rel=3e-3)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_weights_of_what_was_seen_average_one(power: float) -> None:
+    rarity = Rarity(100, power)
+    codes = torch.tensor([3] * 90 + [5] * 9 + [99])
+    weights = rarity(codes)
+    assert float(weights.mean()) == pytest.approx(1, rel=1e-4)
+    common, seldom, once = (float(weights[i]) for i in (0, 90, 99))
+    assert seldom / common == pytest.approx(10**power, rel=1e-4)
+    assert once / seldom == pytest.approx(9**power, rel=1e-4)
+    # Evaluating counts nothing, and what was never seen weighs as much as what was seen once.
+    rarity.eval()
+    counts = rarity.counts.clone()
+    assert float(rarity(torch.tensor([42]))) == pytest.approx(once, rel=1e-4)
+    assert torch.equal(rarity.counts, counts)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
+@torch.no_grad()
+def test_ae_on_boards_is_the_cross_entropy_of_symbols_weighed_by_cell(power: float) -> None:
+    space = spaces.Box(0, 255, (5, 5, 3), np.uint8)
+    rng = np.random.default_rng(0)
+    boards = rng.choice([0, 1, 2, 40], size=(len(LENGTHS), T + 1, 5, 5, 3), p=[0.1, 0.7, 0.15, 0.05]).astype(np.uint8)
+    objective = build({"name": "ae", "rarity": power}, space)
+    obs = torch.from_numpy(boards)
+    logits = objective.reconstruct.decode(objective.encoder(obs[:, 0])).reshape(len(LENGTHS), 25, 3, 32)
+    symbols = np.minimum(boards[:, 0].reshape(len(LENGTHS), 25, 3), 31)
+    log_chance = logits.double().log_softmax(dim=-1).numpy()
+    counted = Counter((o, c) for o, c, _ in symbols.reshape(-1, 3).tolist())
+    frequency = {cell: n / counted.total() for cell, n in counted.items()}
+    scale = sum(f ** (1 - power) for f in frequency.values())
+    total = 0.0
+    for i in range(len(LENGTHS)):
+        for cell in range(25):
+            held = symbols[i, cell].tolist()
+            error = -sum(log_chance[i, cell, channel, symbol] for channel, symbol in enumerate(held)) / 3
+            total += error * frequency[held[0], held[1]] ** -power / scale
+    assert loss_of(objective, segments(obs))[0] == pytest.approx(total / (25 * len(LENGTHS)), rel=1e-3)
+
+
+@torch.no_grad()
+def test_ae_on_a_dict_is_the_sum_over_its_keys() -> None:
+    space = spaces.Dict(
+        {
+            "mission": spaces.Box(0, 9, (4,), np.int64),
+            "place": spaces.Dict({"room": spaces.Discrete(3, start=1), "x": spaces.Box(-2, 2, (2,), np.float32)}),
+        }
+    )
+    rng = torch.Generator().manual_seed(0)
+    leading = (len(LENGTHS), T + 1)
+    obs = {
+        "mission": torch.randint(0, 10, (*leading, 4), generator=rng),
+        "place": {
+            "room": torch.randint(1, 4, leading, generator=rng),
+            "x": 4 * torch.rand((*leading, 2), generator=rng) - 2,
+        },
+    }
+    objective = build({"name": "ae"}, space)
+    first = {"mission": obs["mission"][:, 0], "place": {k: v[:, 0] for k, v in obs["place"].items()}}
+    found = objective.encoder(first)
+    words, place = objective.reconstruct.parts
+    room, x = place.parts
+    log_chance = words.decode(found).reshape(-1, 4, 10).log_softmax(dim=-1)
+    expected = 0.0
+    for i in range(len(LENGTHS)):
+        expected -= sum(float(log_chance[i, k, int(first["mission"][i, k])]) for k in range(4)) / 4
+        one_hot = torch.eye(3)[int(first["place"]["room"][i]) - 1]
+        expected += float((room.decode(found)[i] - one_hot).square().mean())
+        expected += float((x.decode(found)[i] - first["place"]["x"][i] / 2).square().mean())
+    assert loss_of(objective, segments(obs))[0] == pytest.approx(expected / len(LENGTHS), rel=1e-4)
