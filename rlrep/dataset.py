@@ -232,20 +232,23 @@ class _Column:
         self._start = rows - rows % self._shard
         with _reading(folder, name):
             self._block: np.ndarray = self.store[self._start : rows].read().result()
-        self._filled = len(self._block)
 
-    def extend(self, values: np.ndarray, rows: int) -> None:
-        """Copies values to the end of the block, and zeros where there are fewer than `rows`."""
-        end = self._filled + rows
-        if end > len(self._block):
-            self._renew(max(end, 2 * len(self._block)), self._block[: self._filled])
-        self._block[self._filled : self._filled + len(values)] = values
-        self._block[self._filled + len(values) : end] = 0
-        self._filled = end
+    @property
+    def row_bytes(self) -> int:
+        """The size of one row."""
+        return self.dtype.itemsize * math.prod(self.store.shape[1:])
 
-    def take(self) -> tuple[int, np.ndarray]:
-        """Returns the block to write, which is not touched again, and its first row."""
-        start, block = self._start, self._block[: self._filled]
+    def extend(self, values: np.ndarray, start: int, end: int) -> None:
+        """Copies values to the rows from `start` on, and zeros up to `end` where there are fewer."""
+        at, until = start - self._start, end - self._start
+        if until > len(self._block):
+            self._renew(max(until, 2 * len(self._block)), self._block[:at])
+        self._block[at : at + len(values)] = values
+        self._block[at + len(values) : until] = 0
+
+    def take(self, end: int) -> tuple[int, np.ndarray]:
+        """Returns the rows to write, up to `end`, and the number of their first; they are not touched again."""
+        start, block = self._start, self._block[: end - self._start]
         whole = len(block) - len(block) % self._shard
         self._start += whole
         self._renew(len(self._block), block[whole:])
@@ -254,7 +257,6 @@ class _Column:
     def _renew(self, capacity: int, rows: np.ndarray) -> None:
         self._block = np.empty((capacity, *rows.shape[1:]), dtype=rows.dtype)
         self._block[: len(rows)] = rows
-        self._filled = len(rows)
 
 
 def _resize(store: ts.TensorStore, rows: int) -> ts.Future[ts.TensorStore]:
@@ -336,9 +338,10 @@ class DatasetWriter:
                 self._open(collector, resume)
             self._worker = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlrep-writer"))
             self._stack = stack.pop_all()
-        self._lengths: list[int] = []
-        self._info: list[tuple[int, ...]] = []
-        self._buffered_rows = self._buffered_bytes = 0
+        self._handed = self._episodes, self._committed_rows
+        """Episodes and rows that are committed or on their way."""
+        self._added: list[tuple[int, tuple[int, ...]]] = []
+        """The last row (exclusive) of every episode after those, and where it came from."""
         self._pending: Future[None] | None = None
         self._failure: Exception | None = None
         self._closed = False
@@ -417,14 +420,15 @@ class DatasetWriter:
         if not self._steps:
             with self._writing():
                 self._create(columns)
-        rows = len(episode) + 1
+        handed = self._handed[1]
+        start = self._added[-1][0] if self._added else handed
+        end = start + len(episode) + 1
         for name, values in columns.items():
-            self._steps[name].extend(values, rows)
-        self._lengths.append(rows)
-        self._info.append(info)
-        self._buffered_rows += rows
-        self._buffered_bytes += sum(values.nbytes for values in columns.values())
-        if self._buffered_rows >= self._flush_every or self._buffered_bytes >= COMMIT_BYTES:
+            self._steps[name].extend(values, start, end)
+        # Until this one line is done, whatever interrupts it, the episode is not there.
+        self._added.append((end, info))
+        row_bytes = sum(column.row_bytes for column in self._steps.values())
+        if end - handed >= min(self._flush_every, COMMIT_BYTES // row_bytes):
             self._start_commit()
 
     def flush(self) -> None:
@@ -466,11 +470,17 @@ class DatasetWriter:
 
     def _start_commit(self) -> None:
         self._wait()
-        if self._lengths:
-            blocks = {name: column.take() for name, column in self._steps.items()}
-            self._pending = self._worker.submit(self._commit, blocks, self._lengths, self._info)
-            self._lengths, self._info = [], []
-            self._buffered_rows = self._buffered_bytes = 0
+        if not self._added:
+            return
+        ends, info = zip(*self._added, strict=True)
+        try:
+            blocks = {name: column.take(ends[-1]) for name, column in self._steps.items()}
+            self._pending = self._worker.submit(self._commit, blocks, np.array(ends), info)
+            self._handed, self._added = (self._handed[0] + len(ends), ends[-1]), []
+        except BaseException:
+            # Ctrl-C, most likely: some columns are handed over and some are not.
+            self._failure = DatasetError(f"{self.path}: writing was interrupted; what was committed before is there")
+            raise
 
     def _wait(self) -> None:
         if self._pending is not None:
@@ -488,25 +498,27 @@ class DatasetWriter:
             self._failure = error
             raise
 
-    def _append(self, blocks: dict[str, tuple[int, np.ndarray]], rows: list[int], info: list[tuple[int, ...]]) -> None:
-        """Writes blocks of columns that end in episodes of these numbers of rows, then the record that counts them."""
-        ends = self._committed_rows + np.cumsum(rows)
-        starts = ends - rows
+    def _append(
+        self, blocks: dict[str, tuple[int, np.ndarray]], ends: np.ndarray, info: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Writes the blocks of all columns, which hold episodes up to these rows, then the record that counts them."""
+        starts = np.array([self._committed_rows, *ends[:-1]])
         digests = [
             _digest({name: block[lo - first : hi - first] for name, (first, block) in blocks.items()}, row)
             for lo, hi, row in zip(starts, ends, info, strict=True)
         ]
         table = {
             "start": starts,
-            "length": np.array(rows) - 1,
+            "length": ends - starts - 1,
             **dict(zip(INFO, np.array(info, dtype=np.int64).T, strict=True)),
             "digest": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
         }
+        episodes = self._episodes + len(ends)
         for name, values in table.items():
-            self._table[name].extend(values, len(values))
+            self._table[name].extend(values, self._episodes, episodes)
         work = [(self._steps[name], *block) for name, block in blocks.items()]
-        _write([*work, *((column, *column.take()) for column in self._table.values())])
-        record = {"episodes": self._episodes + len(rows), "rows": int(ends[-1])}
+        _write([*work, *((column, *column.take(episodes)) for column in self._table.values())])
+        record = {"episodes": episodes, "rows": int(ends[-1])}
         write_json(self.path / COMMIT, record)
         self._episodes, self._committed_rows = record["episodes"], record["rows"]
 
@@ -522,7 +534,7 @@ class DatasetWriter:
 
     def _checked(self, episode: Episode) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
         """Returns an episode as columns of up to T+1 rows, and what the episode table says of it."""
-        at = f"{self.path}: episode {self._episodes + len(self._lengths)}"
+        at = f"{self.path}: episode {self._handed[0] + len(self._added)}"
         rows = len(episode) + 1
         values = {**_flat(episode.obs), "action": episode.action}
         if values.keys() != self._spaces.keys():
