@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from rlrep.finetune import finetune
 from rlrep.objectives import objectives
 from rlrep.pretrain import pretrain
 from rlrep.recipe import Collect, Finetune, Pretrain, Recipe, load_recipe, run
-from rlrep.sb3 import algorithms
+from rlrep.sb3 import PAPERS, algorithms
 from rlrep.types import RlrepError
 
 Flat = arg(name="")
@@ -142,7 +141,7 @@ class ListCommand:
         }
         auto = ", ".join(f"{name} for {kind}" for kind, name in AUTO.items())
         tables["encoders"].insert(0, ("auto", f"By the kind of observation: {auto}.", "", ""))
-        tables["algorithms"] = [(name, _first_line(cls), "", _paper(cls)) for name, cls in sorted(algorithms().items())]
+        tables["algorithms"] = [(name, _first_line(cls), "", PAPERS[name]) for name, cls in sorted(algorithms().items())]
         console = Console(width=None if sys.stdout.isatty() else 160)
         for title, rows in tables.items():
             if self.kind not in ("all", title):
@@ -155,14 +154,6 @@ class ListCommand:
 
 def _first_line(cls: type) -> str:
     return (cls.__doc__ or "").strip().split("\n")[0]
-
-
-def _paper(algorithm: type) -> str:
-    """Returns the first paper that SB3 itself names for an algorithm."""
-    found = re.search(r"https?://(arxiv\.org/abs/|openreview\.net/)([\w.?=-]+)", algorithm.__doc__ or "")
-    if found is None:
-        return ""
-    return f"arXiv:{found[2]}" if found[1].startswith("arxiv") else found[1] + found[2]
 
 
 def _options(registry: Any, name: str) -> str:

@@ -1,128 +1,66 @@
-"""The bridge to Stable-Baselines3: encoders as features extractors, or in a wrapper that computes features once a step.
+"""The bridge from encoders to Stable-Baselines3: `policy_kwargs` for any algorithm, `LatentVecEnv` for frozen features.
 
-SB3 can undo a pre-trained encoder in several ways without a word. `policy_kwargs` and `LatentVecEnv` close each of
-them, so that they can be used without knowing any.
+SB3 builds, initialises, preprocesses and optimises features extractors in ways that silently undo pre-training. Both
+ways in give the encoder raw observations and keep its weights as they were learnt, until a gradient of your own moves
+them. An agent saved by SB3 holds the encoder's configuration and weights: no path has to exist when it is loaded. As
+always in SB3, loading a zip unpickles it, so load only what you trust.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
-import stable_baselines3
 import torch
 from gymnasium import spaces as gym_spaces
 from gymnasium.spaces import Space
 from safetensors.torch import save as save_safetensors
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, is_vecenv_wrapped
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from torch import Tensor, nn
 
 from rlrep import spaces
 from rlrep.encoders import Encoder, load_encoder
 from rlrep.encoders.base import from_config
-from rlrep.registry import nearest
-from rlrep.types import RlrepError, SpaceError, Tree, to_tensor, tree_leaves, tree_map
+from rlrep.registry import SpecError, nearest
+from rlrep.types import RlrepError, SpaceError, Tree, tree_leaves, tree_map
 
 Mode = Literal["finetune", "frozen", "scratch"]
 
-CORE = {"a2c": "A2C", "ddpg": "DDPG", "dqn": "DQN", "ppo": "PPO", "sac": "SAC", "td3": "TD3"}
-CONTRIB = {
-    "crossq": "CrossQ",
-    "maskableppo": "MaskablePPO",
-    "qrdqn": "QRDQN",
-    "recurrentppo": "RecurrentPPO",
-    "tqc": "TQC",
-    "trpo": "TRPO",
-}
-
-OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "a2c": {"alpha": 0.99, "eps": 1e-5},
-    "crossq": {"betas": (0.5, 0.999)},
-    "maskableppo": {"eps": 1e-5},
-    "ppo": {"eps": 1e-5},
-    "qrdqn": {"eps": 0.01 / 32},
-    "recurrentppo": {"eps": 1e-5},
-    "trpo": {"eps": 1e-5},
-}
-"""What algorithms set of their optimiser, but only where it is their default; QRDQN for its default batch size."""
-
-ACTOR_AND_CRITIC = ("crossq", "ddpg", "sac", "td3", "tqc")
-"""Algorithms that can share one extractor between actor and critic, and then train it by the actor's loss only."""
+E = TypeVar("E", bound="EncoderExtractor")
 
 
 class WeightsChangedError(RlrepError):
-    """A pre-trained encoder no longer has the weights it was given."""
-
-
-class Weights(bytes):
-    """Weights as safetensors, so that a policy can be rebuilt where no encoder folder exists; prints as their size."""
-
-    def __repr__(self) -> str:
-        return f"<{len(self):,} bytes of weights>"
-
-    # That of bytes does not ask __repr__.
-    __str__ = __repr__
-
-
-def algorithms() -> dict[str, type[BaseAlgorithm]]:
-    """Returns the algorithms that can be used here, by name: SB3's, and sb3-contrib's where it is installed."""
-    found = {name: getattr(stable_baselines3, cls) for name, cls in CORE.items()}
-    try:
-        import sb3_contrib
-    except ImportError:
-        return found
-    return found | {name: getattr(sb3_contrib, cls) for name, cls in CONTRIB.items()}
-
-
-def get_algorithm(name: str) -> type[BaseAlgorithm]:
-    """Returns the algorithm called `name`, in whatever case.
-
-    Raises:
-        ValueError: There is none, or it needs sb3-contrib; the message says which.
-    """
-    found = algorithms()
-    if name.lower() in found:
-        return found[name.lower()]
-    if name.lower() in CONTRIB:
-        raise ValueError(f"algorithm {name!r} is in sb3-contrib, which is not installed: pip install 'rlrep[contrib]'")
-    raise ValueError(f"there is no algorithm {name!r}.{nearest(name.lower(), found)} There are: {', '.join(found)}.")
-
-
-def _name(algorithm: str | type[BaseAlgorithm]) -> str:
-    """The name of an algorithm; of a class of one's own, that of the algorithm it derives from."""
-    if isinstance(algorithm, str):
-        algorithm = get_algorithm(algorithm)
-    for name, cls in algorithms().items():
-        # DDPG derives from TD3 and stands before it: the first match is the nearest.
-        if issubclass(algorithm, cls):
-            return name
-    raise ValueError(
-        f"{algorithm.__name__} derives from no algorithm that rlrep knows. There are: {', '.join(algorithms())}."
-    )
+    """A pre-trained encoder does not have the weights it was given."""
 
 
 class ScaledRates(torch.optim.Optimizer):
-    """Mixed into an optimiser, scales each parameter's rate by the `lr_scale` it is tagged with.
+    """Steps every parameter that has an attribute `lr_scale` at that multiple of the learning rate.
 
-    SB3 writes one learning rate into every group before each round of training, so the scale is applied at the step.
+    To be mixed into an optimiser. SB3 writes one rate into all groups before each update, so groups of different rates
+    do not last; here the scale is kept beside the rate and multiplied in only while a step is taken.
     """
 
-    def __init__(self, params: Iterable[Tensor], **options: Any) -> None:
-        by_scale: dict[float, list[Tensor]] = {}
+    def __init__(self, params: Iterable[nn.Parameter], **options: Any) -> None:
+        groups: dict[float, list[nn.Parameter]] = {}
         for parameter in params:
-            by_scale.setdefault(getattr(parameter, "lr_scale", 1.0), []).append(parameter)
-        groups = [{"params": group, "lr_scale": scale} for scale, group in sorted(by_scale.items())]
-        super().__init__(groups, **options)
+            groups.setdefault(getattr(parameter, "lr_scale", 1.0), []).append(parameter)
+        scaled = [{"params": group, "lr_scale": scale} for scale, group in groups.items()]
+        # The next class is the optimiser proper, not the base that mypy sees.
+        super().__init__(scaled, **options)
 
     def step(self, closure: Any = None) -> Any:
-        """Takes one step with every group's rate scaled, and puts the rates back."""
+        """Takes a step, each group at its own rate."""
         rates = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             group["lr"] = group["lr"] * group["lr_scale"]
@@ -134,130 +72,75 @@ class ScaledRates(torch.optim.Optimizer):
 
 
 class EncoderAdam(ScaledRates, torch.optim.Adam):
-    """Adam that trains the encoder at a rate of its own."""
+    """Adam whose steps on the encoder are `lr_scale` times as large as on the rest of the policy."""
 
 
 class EncoderRMSprop(ScaledRates, torch.optim.RMSprop):
-    """RMSprop, A2C's default, that trains the encoder at a rate of its own."""
+    """RMSprop, A2C's default, whose steps on the encoder are `lr_scale` times as large as on the rest of the policy."""
 
 
-class EncoderExtractor(BaseFeaturesExtractor):
-    """An encoder inside an SB3 policy, fed the raw observations it was pre-trained on.
+class _Algorithm(NamedTuple):
+    module: str
+    attribute: str
+    paper: str
+    optimizer: type[ScaledRates] = EncoderAdam
+    optimizer_kwargs: Mapping[str, Any] = {}
+    """SB3 gives these to its own default optimiser only, so they have to be repeated for ours."""
 
-    Built from plain values, so that a saved model loads where the encoder's folder does not exist.
 
-    Args:
-        observation_space: The policy's; pictures may have been transposed by SB3.
-        config: `Encoder.config`.
-        weights: Pre-trained weights, or None for an encoder that starts from scratch.
-        mode: `finetune` trains the encoder at `lr_scale` times the policy's rate, `frozen` never changes it, `scratch`
-            is an ordinary SB3 extractor, initialised by SB3.
-        lr_scale: For `finetune`.
+_SB3, _CONTRIB = "stable_baselines3", "sb3_contrib"
+_EPS = {"eps": 1e-5}
+
+_ALGORITHMS = {
+    "a2c": _Algorithm(_SB3, "A2C", "Mnih et al. 2016, arXiv:1602.01783", EncoderRMSprop, {"alpha": 0.99, **_EPS}),
+    "ddpg": _Algorithm(_SB3, "DDPG", "Lillicrap et al. 2015, arXiv:1509.02971"),
+    "dqn": _Algorithm(_SB3, "DQN", "Mnih et al. 2013, arXiv:1312.5602"),
+    "ppo": _Algorithm(_SB3, "PPO", "Schulman et al. 2017, arXiv:1707.06347", optimizer_kwargs=_EPS),
+    "sac": _Algorithm(_SB3, "SAC", "Haarnoja et al. 2018, arXiv:1801.01290"),
+    "td3": _Algorithm(_SB3, "TD3", "Fujimoto et al. 2018, arXiv:1802.09477"),
+    "crossq": _Algorithm(
+        _CONTRIB, "CrossQ", "Bhatt et al. 2024, arXiv:1902.05605", optimizer_kwargs={"betas": (0.5, 0.999)}
+    ),
+    "maskableppo": _Algorithm(_CONTRIB, "MaskablePPO", "Huang & Ontañón 2020, arXiv:2006.14171", optimizer_kwargs=_EPS),
+    "qrdqn": _Algorithm(_CONTRIB, "QRDQN", "Dabney et al. 2017, arXiv:1710.10044", optimizer_kwargs={"eps": 0.01 / 32}),
+    "recurrentppo": _Algorithm(
+        _CONTRIB, "RecurrentPPO", "Pleines et al. 2022, arXiv:2205.11104", optimizer_kwargs=_EPS
+    ),
+    "tqc": _Algorithm(_CONTRIB, "TQC", "Kuznetsov et al. 2020, arXiv:2005.04269"),
+    "trpo": _Algorithm(_CONTRIB, "TRPO", "Schulman et al. 2015, arXiv:1502.05477", optimizer_kwargs=_EPS),
+}
+
+PAPERS = {name: known.paper for name, known in _ALGORITHMS.items()}
+
+
+def algorithms() -> dict[str, type[BaseAlgorithm]]:
+    """Returns the algorithms by name; those of sb3-contrib are among them where it is installed."""
+    found = {}
+    for name, known in _ALGORITHMS.items():
+        try:
+            found[name] = getattr(importlib.import_module(known.module), known.attribute)
+        except ModuleNotFoundError:
+            if known.module != _CONTRIB:
+                raise
+    return found
+
+
+def get_algorithm(algorithm: str | type[BaseAlgorithm]) -> type[BaseAlgorithm]:
+    """Returns the class of an algorithm from its name, `"ppo"`, or the class itself.
 
     Raises:
-        SpaceError: The policy's observations are not the encoder's.
+        SpecError: There is none of that name, or it is in sb3-contrib, which is not installed.
     """
-
-    def __init__(
-        self,
-        observation_space: Space,
-        config: Mapping[str, Any],
-        weights: bytes | None,
-        mode: Mode,
-        lr_scale: float = 1.0,
-    ) -> None:
-        encoder = from_config(config, weights)
-        super().__init__(observation_space, encoder.features_dim)
-        self._raw = _undo_preprocessing(observation_space, encoder.observation_space)
-        self.encoder, self.mode = encoder, mode
-        self._expected: list[Tensor] | None = None
-        self._verified: list[tuple[int, int]] | None = None
-        if mode == "frozen":
-            encoder.requires_grad_(False)
-        self.train()
-        if mode != "scratch":
-            for parameter in encoder.parameters():
-                parameter.lr_scale = lr_scale  # type: ignore[attr-defined]
-            self._expected = _copies(encoder)
-            self.register_load_state_dict_post_hook(_expect_loaded)
-
-    def forward(self, observations: Any) -> Tensor:
-        """What SB3 made of N observations -> (N, D) features.
-
-        Raises:
-            WeightsChangedError: The weights are not the pre-trained ones, though nothing can have trained them yet.
-        """
-        self._check_weights()
-        if self.mode == "finetune" and (self.training or torch.is_grad_enabled()):
-            # From here on they are meant to change.
-            self._expected = None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "frozen"):
-            return self.encoder(self._raw(observations))
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> EncoderExtractor:
-        """Leaves pre-trained weights alone: SB3 re-initialises extractors through this (`ortho_init=True`)."""
-        return super().apply(fn) if self.mode == "scratch" else self
-
-    def train(self, mode: bool = True) -> EncoderExtractor:
-        """Keeps a frozen encoder in evaluation mode, and checks pre-trained weights: SB3 calls it in `learn()`."""
-        self._check_weights()
-        super().train(mode)
-        if self.mode == "frozen":
-            self.encoder.eval()
-        return self
-
-    def _check_weights(self) -> None:
-        if self._expected is None:
-            return
-        tensors = self.encoder.state_dict()
-        # Comparing weights at every step would be slow. Once they were right, those are compared that were written to:
-        # torch counts all writes but the ones through `.data`.
-        versions = [(tensor.data_ptr(), tensor._version) for tensor in tensors.values()]
-        if versions == self._verified:
-            return
-        for (name, tensor), expected in zip(tensors.items(), self._expected, strict=True):
-            # With tolerance, since the running average of a target network rounds.
-            if not torch.allclose(tensor.cpu(), expected, rtol=1e-4, atol=1e-6):
-                raise WeightsChangedError(
-                    f"the pre-trained weights of {name} were changed other than by training, although the encoder is "
-                    f"{'frozen' if self.mode == 'frozen' else 'to be fine-tuned from them'}: something initialised the "
-                    "policy again, or wrote into its parameters. Build the model with rlrep.policy_kwargs, and leave "
-                    "the features extractor alone"
-                )
-        self._verified = versions
-
-
-def _copies(encoder: Encoder) -> list[Tensor]:
-    return [tensor.detach().cpu().clone() for tensor in encoder.state_dict().values()]
-
-
-def _expect_loaded(extractor: EncoderExtractor, *_: Any) -> None:
-    """Takes what was loaded for right: a saved model replaces the pre-trained weights, and means to."""
-    extractor._expected = _copies(extractor.encoder) if extractor.mode == "frozen" else None
-
-
-def _undo_preprocessing(policy: Space, encoder: Space, key: str = "") -> Callable[[Any], Tree]:
-    """Returns what turns a policy's preprocessed observations back into raw ones of the encoder.
-
-    SB3 makes floats of all, one-hot vectors of integers, and channels-first pictures of channels-last ones.
-    """
-    if isinstance(encoder, gym_spaces.Dict) and isinstance(policy, gym_spaces.Dict) and set(encoder) == set(policy):
-        parts = {key: _undo_preprocessing(policy[key], encoder[key], f"{key!r} ") for key in encoder}
-        return lambda obs: {key: part(obs[key]) for key, part in parts.items()}
-    if isinstance(policy, gym_spaces.Box) and isinstance(encoder, gym_spaces.Box) and len(encoder.shape) == 3:
-        height, width, channels = encoder.shape
-        turned = policy.dtype == encoder.dtype and policy.shape == (channels, height, width)
-        if turned and policy.shape != encoder.shape:
-            return lambda obs: obs.permute(0, 2, 3, 1)
-    spaces.check_same(policy, encoder, f"this encoder was made for {key}observations")
-    if isinstance(encoder, gym_spaces.Discrete | gym_spaces.MultiDiscrete) and np.any(encoder.start):
-        raise SpaceError(f"SB3 cannot encode {encoder}: it has to start at 0")
-    if isinstance(encoder, gym_spaces.Discrete):
-        return lambda obs: obs.argmax(dim=-1).reshape(-1)
-    if isinstance(encoder, gym_spaces.MultiDiscrete):
-        sizes = encoder.nvec.reshape(-1).tolist()
-        return lambda obs: torch.stack([part.argmax(dim=-1) for part in obs.split(sizes, dim=-1)], dim=-1)
-    return lambda obs: obs
+    if isinstance(algorithm, type) and issubclass(algorithm, BaseAlgorithm):
+        return algorithm
+    known, name = algorithms(), str(algorithm).lower()
+    if name in known:
+        return known[name]
+    if name in _ALGORITHMS:
+        raise SpecError(f"algorithm {name!r} is in sb3-contrib, which is not installed: pip install 'rlrep[contrib]'")
+    raise SpecError(
+        f"there is no algorithm called {algorithm!r}.{nearest(name, known)} The algorithms are: {', '.join(known)}."
+    )
 
 
 def policy_kwargs(
@@ -268,151 +151,380 @@ def policy_kwargs(
     lr_scale: float = 0.1,
     **extra: Any,
 ) -> dict[str, Any]:
-    """Returns `policy_kwargs` that put an encoder into a policy of an SB3 algorithm.
+    """Returns the `policy_kwargs` that put an encoder in front of the policy of an SB3 algorithm.
 
-    `PPO("CnnPolicy", env, policy_kwargs=rlrep.policy_kwargs(encoder, "ppo"))`; the policy may be called CnnPolicy or
-    MlpPolicy alike, and MultiInputPolicy for dict observations. Around the environments, use `VecNormalize` with
-    `norm_obs=False` only: of pictures this is checked, but normalised vectors cannot be told from raw ones.
+    They serve `CnnPolicy` and `MlpPolicy` alike, and `MultiInputPolicy` for dict observations. The policy's own layers
+    are SB3's default ones, as behind `LatentVecEnv`; say `net_arch=[256, 256]` for others. Around the environments, use
+    `VecNormalize` with `norm_obs=False` only: of pictures this is checked, but normalised vectors look like raw ones.
 
     Args:
-        encoder: The encoder, its folder, or the folder of the run that trained it.
-        algorithm: Name or class of the algorithm.
-        mode: `finetune`: the encoder learns along, at `lr_scale` times the policy's rate. `frozen`: it never changes
-            (`LatentVecEnv` does the same several times faster). `scratch`: its architecture only, untrained.
-        lr_scale: For `finetune`.
-        **extra: More of SB3's `policy_kwargs`, such as `net_arch`.
+        encoder: An encoder, its folder, or the folder of a pre-training run.
+        algorithm: A name out of `algorithms()`, or the class.
+        mode: `finetune` trains the encoder along, `frozen` leaves it as it is, and `scratch` trains an encoder of the
+            same architecture from SB3's own initialisation: the control. `LatentVecEnv` gives the same features as
+            `frozen`, many times faster.
+        lr_scale: What the learning rate is multiplied by for the encoder when it is fine-tuned.
+        extra: Further `policy_kwargs`, such as `net_arch`.
 
     Raises:
+        SpecError: There is no such algorithm.
         RunError: There is no encoder there.
-        ValueError: Unknown algorithm or mode, or `extra` would undo the encoder.
+        ValueError: An unknown mode, a rate that makes no sense, or an extra setting that would undo the pre-training.
     """
-    name = _name(algorithm)
+    cls = get_algorithm(algorithm)
     if mode not in get_args(Mode):
-        raise ValueError(
-            f"there is no mode {mode!r}.{nearest(mode, get_args(Mode))} There are: {', '.join(get_args(Mode))}"
-        )
+        modes = ", ".join(get_args(Mode))
+        raise ValueError(f"there is no mode {mode!r}.{nearest(str(mode), get_args(Mode))} The modes are: {modes}.")
     if not lr_scale > 0:
-        raise ValueError(
-            f"lr_scale must be above 0, not {lr_scale}; use mode='frozen' for an encoder that stays as it is"
-        )
-    taken = {"features_extractor_class", "features_extractor_kwargs", "normalize_images"} & set(extra)
-    if taken:
-        raise ValueError(
-            f"{sorted(taken)[0]} is set by rlrep.policy_kwargs: the encoder scales raw observations itself"
-        )
-    encoder = load_encoder(encoder)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    weights = None if mode == "scratch" else Weights(save_safetensors(tensors))
-    kwargs: dict[str, Any] = {
-        "features_extractor_class": EncoderExtractor,
-        "features_extractor_kwargs": {
-            "config": encoder.config,
-            "weights": weights,
-            "mode": mode,
-            "lr_scale": lr_scale,
-        },
-        "normalize_images": False,
-    }
-    if mode == "finetune":
-        if "optimizer_class" in extra:
-            raise ValueError("optimizer_class is rlrep's when fine-tuning, for it has to scale the encoder's rate")
-        if extra.get("share_features_extractor") and name in ACTOR_AND_CRITIC:
+        raise ValueError(f"lr_scale={lr_scale} is not positive; for an encoder that does not learn use mode='frozen'")
+    for key in ("features_extractor_class", "features_extractor_kwargs", "normalize_images"):
+        if key in extra:
+            raise ValueError(f"{key} is what policy_kwargs sets itself: leave it out of the extra settings")
+    if mode == "finetune" and _actor_and_critic(cls):
+        # A shared extractor is trained by the actor's loss only: the critic looks at it without gradient.
+        if extra.get("share_features_extractor"):
             raise ValueError(
-                f"share_features_extractor=True would train the encoder by the actor's loss only in {name}: leave it "
-                "out"
+                f"with share_features_extractor=True {cls.__name__} would not train the encoder by its critic's loss, "
+                "which carries the reward: leave it out"
             )
-        kwargs["optimizer_class"] = EncoderRMSprop if name == "a2c" else EncoderAdam
-        extra["optimizer_kwargs"] = OPTIMIZER_DEFAULTS.get(name, {}) | (extra.get("optimizer_kwargs") or {})
-        if name in ACTOR_AND_CRITIC:
-            kwargs["share_features_extractor"] = False
-    return kwargs | extra
+        extra["share_features_extractor"] = False
+    if mode == "finetune" and lr_scale != 1:
+        extra = {**extra, **_scaled_optimizer(cls, extra)}
+    encoder = load_encoder(encoder)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    kwargs: dict[str, Any] = {"config": encoder.config}
+    if mode != "scratch":
+        kwargs |= {"weights": Weights(save_safetensors(tensors)), "frozen": mode == "frozen"}
+    if mode == "finetune":
+        kwargs["lr_scale"] = lr_scale
+    return {
+        "features_extractor_class": EncoderExtractor,
+        "features_extractor_kwargs": kwargs,
+        "normalize_images": False,
+        **extra,
+    }
+
+
+def _actor_and_critic(cls: type[BaseAlgorithm]) -> bool:
+    """Whether actor and critic each have an optimiser, and could share an extractor that only one of them trains."""
+    if not issubclass(cls, OffPolicyAlgorithm):
+        return False
+    return "share_features_extractor" in cls.policy_aliases["MlpPolicy"].__init__.__annotations__
+
+
+def _scaled_optimizer(cls: type[BaseAlgorithm], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the optimiser, and its settings, that make steps on the encoder of a size of their own."""
+    names = [name for name, known in algorithms().items() if issubclass(cls, known)]
+    if "trpo" in names:
+        raise ValueError(
+            "TRPO's steps have no learning rate, so the encoder cannot have a rate of its own: pass lr_scale=1, "
+            "or mode='frozen'"
+        )
+    if names:
+        optimizer, options = _ALGORITHMS[names[-1]].optimizer, _ALGORITHMS[names[-1]].optimizer_kwargs
+    else:
+        optimizer, options = EncoderAdam, _EPS if issubclass(cls, OnPolicyAlgorithm) else {}
+    own = extra.get("optimizer_class")
+    if own is not None:
+        if not issubclass(own, ScaledRates):
+            raise ValueError(
+                f"optimizer_class={own.__name__} knows nothing of lr_scale: derive it from rlrep.sb3.ScaledRates and "
+                f"{own.__name__}, or pass lr_scale=1"
+            )
+        optimizer, options = own, {}
+    return {"optimizer_class": optimizer, "optimizer_kwargs": {**options, **extra.get("optimizer_kwargs", {})}}
+
+
+class Weights(bytes):
+    """Weights of an encoder in safetensors format, which print as their size."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} bytes of encoder weights>"
+
+    # bytes.__str__ would not ask __repr__.
+    __str__ = __repr__
+
+
+class EncoderExtractor(BaseFeaturesExtractor):
+    """An encoder as SB3's features extractor; `policy_kwargs` fills in the arguments.
+
+    Observations get back the axes they had before `VecTransposeImage`, and integers that SB3 made one-hot become
+    integers again, so that the encoder sees the values it was pre-trained on (as float32, to which SB3 casts).
+
+    A frozen encoder stands outside the module tree: what walks the policy's modules or parameters (initialisation,
+    optimiser, target network updates, training mode) cannot reach it. In the tree stands a fingerprint of its weights,
+    so that parameters learnt on one encoder cannot be loaded into a policy with another.
+
+    Args:
+        observation_space: As the policy has it, transposed or not.
+        config: `Encoder.config`.
+        weights: Pre-trained weights (safetensors); None for an encoder to be trained from scratch.
+        frozen: Whether the weights stay as they are.
+        lr_scale: Multiple of the learning rate at which a `ScaledRates` optimiser trains the encoder.
+
+    Raises:
+        SpaceError: The encoder was made for other observations.
+        ValueError: Frozen without weights.
+    """
+
+    encoder: Encoder
+    fingerprint: Tensor
+
+    def __init__(
+        self,
+        observation_space: Space,
+        config: Mapping[str, Any],
+        weights: bytes | None = None,
+        frozen: bool = False,
+        lr_scale: float = 1.0,
+    ) -> None:
+        if frozen and weights is None:
+            raise ValueError("a frozen encoder needs weights; those of an untrained one will do")
+        encoder = from_config(config, weights)
+        super().__init__(observation_space, encoder.features_dim)
+        self._reorder = _reordering(observation_space, encoder.observation_space)
+        self._pretrained, self._frozen = weights is not None, frozen
+        self._checked_at: int | None = None
+        self._digest = encoder.digest() if weights is not None else None
+        if frozen:
+            object.__setattr__(self, "encoder", encoder.eval().requires_grad_(False))
+            self.register_buffer("fingerprint", torch.tensor(list(bytes.fromhex(encoder.digest()))))
+        else:
+            self.encoder = encoder
+            for parameter in encoder.parameters():
+                parameter.lr_scale = lr_scale  # type: ignore[attr-defined]
+
+    def forward(self, obs: Tree) -> Tensor:
+        """(N, ...) observations as SB3 preprocesses them -> (N, D) features.
+
+        Raises:
+            WeightsChangedError: Something has changed the weights: before the first call, or frozen ones at any time.
+            SpaceError: On the first call, if something has scaled the observations.
+        """
+        obs = tree_map(lambda reorder, x: reorder(x), self._reorder, _undo_one_hot(obs, self._observation_space))
+        # torch counts the writes to a tensor. Those to an encoder that is trained along are meant to be.
+        tensors = [*self.encoder.parameters(), *self.encoder.buffers()] if self._frozen else []
+        n_writes = sum(tensor._version for tensor in tensors)
+        if n_writes != self._checked_at:
+            self._check(obs)
+            self._checked_at = n_writes
+        return self.encoder(obs)
+
+    def _check(self, obs: Tree) -> None:
+        if self._digest is not None and self.encoder.digest() != self._digest:
+            raise WeightsChangedError(
+                "something changed the pre-trained weights, though they are frozen or not yet trained: most likely a "
+                "policy class or a script that initialises every layer of the policy anew. Do that before the encoder "
+                "is built, or leave the features extractor out of it."
+            )
+        for x, space in zip(tree_leaves(obs), spaces.leaves(self.encoder.observation_space).values(), strict=True):
+            integers = np.issubdtype(cast(Any, space.dtype), np.integer)
+            if integers and x.is_floating_point() and bool((x != x.round()).any()):
+                raise SpaceError(
+                    f"the encoder was made for integers, {space}, and gets fractions. Its observations have to be raw: "
+                    "pass normalize_images=False among the policy_kwargs, as rlrep.policy_kwargs does, and do not "
+                    "scale them in a wrapper."
+                )
+
+    def apply(self: E, fn: Callable[[nn.Module], None]) -> E:
+        """Applies `fn` as any module does, except to pre-trained weights, which SB3 would initialise anew."""
+        return self if self._pretrained else super().apply(fn)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # What .to(device) goes through: the one thing that has to reach a frozen encoder.
+        if self._frozen:
+            self.encoder._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if self._frozen:
+            theirs = state_dict.get(f"{prefix}fingerprint")
+            if theirs is not None and not torch.equal(theirs.cpu(), self.fingerprint.cpu()):
+                raise RlrepError(
+                    "these parameters were learnt on the features of another frozen encoder; build the policy with "
+                    "that encoder, or load the whole agent from its zip"
+                )
+        else:
+            # What is loaded replaces the pre-trained weights, and means to.
+            self._digest = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Names a frozen encoder, which is not among the modules that are printed."""
+        return f"frozen {self.encoder.name}, {self.features_dim} features" if self._frozen else ""
+
+
+def _as_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.movedim(-3, -1)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.movedim(-1, -3)
+
+
+def _transposed(space: Space) -> Space | None:
+    """The space `VecTransposeImage` makes of a picture or board, None of anything else."""
+    if not isinstance(space, gym_spaces.Box) or len(space.shape) != 3:
+        return None
+    low, high = (np.moveaxis(bound, -1, 0) for bound in (space.low, space.high))
+    return gym_spaces.Box(low, high, dtype=cast(Any, space.dtype))
+
+
+def _reordering(seen: Space, expected: Space, path: str = "") -> Tree:
+    """Returns a function for each leaf that gives a tensor of `seen` the axes of `expected`.
+
+    Raises:
+        SpaceError: The spaces differ by more than the order of axes.
+    """
+    if isinstance(seen, gym_spaces.Dict) and isinstance(expected, gym_spaces.Dict) and seen.keys() == expected.keys():
+        return {key: _reordering(seen[key], expected[key], f"{path}{key!r} ") for key in expected}
+    if seen == expected:
+        return _as_is
+    if seen == _transposed(expected):
+        return _channels_last
+    if _transposed(seen) == expected:
+        return _channels_first
+    spaces.check_same(seen, expected, f"this encoder was made for {path}observations")
+    raise AssertionError("check_same lets equal spaces pass only")
+
+
+def _undo_one_hot(obs: Tree, space: Space) -> Tree:
+    """Turns what SB3's `preprocess_obs` made one-hot into integers again."""
+    if isinstance(space, gym_spaces.Dict):
+        return {key: _undo_one_hot(obs[key], sub) for key, sub in space.spaces.items()}
+    if isinstance(space, gym_spaces.Discrete):
+        # (N, n) from the environment, (N, 1, n) from a buffer.
+        return obs.reshape(len(obs), -1).argmax(dim=1)
+    if isinstance(space, gym_spaces.MultiDiscrete):
+        return torch.stack([part.argmax(dim=1) for part in obs.split(space.nvec.tolist(), dim=1)], dim=1)
+    return obs
 
 
 class LatentVecEnv(VecEnvWrapper):
-    """Environments whose observations are an encoder's frozen features, computed once a step for all of them.
+    """Replaces observations by the features of a frozen encoder, (N, D) float32, computed once a step.
 
-    SB3 then learns from small vectors: several times faster than with the encoder inside the policy, with the same
-    result. Features are remembered by observation, since few are distinct in many environments; where most are new, the
-    memory is given up. The last observation of an episode, in `infos`, is encoded as well.
+    Inside a policy the same features are computed again in every epoch of every update. Terminal observations in
+    `infos` are encoded too. The encoder is a copy in evaluation mode; training the original later changes nothing here.
+    Features are remembered by the exact bytes of the observation, which pays where few are distinct, as in MiniGrid;
+    where they hardly ever come again, remembering stops by itself.
 
     Args:
-        venv: Environments that give the encoder's raw observations. `VecNormalize` goes around this wrapper.
-        encoder: The encoder, its folder, or the folder of the run that trained it. A copy is used.
-        memory: Most bytes of features to remember; 0 for none.
+        venv: Environments with raw observations. To normalise rewards or features, put `VecNormalize` around this.
+        encoder: An encoder, its folder, or the folder of a pre-training run.
+        memory: Bytes of remembered features at most; 0 remembers none.
+        device: Where the encoder computes, named as in SB3.
 
     Raises:
-        SpaceError: The environments' observations are not the encoder's.
+        SpaceError: The encoder was made for other observations.
+        RunError: There is no encoder there.
     """
 
-    WORTH_IT = 0.5
-    """Fraction of observations that must have been seen before, once `TRIED` were looked up."""
-    TRIED = 20_000
+    WINDOW = 4096
+    """Observations after which it is decided whether remembering pays."""
+    WORTHWHILE = 0.1
+    """Part of them that has to be remembered: looking one up costs about a tenth of encoding it."""
 
-    def __init__(self, venv: VecEnv, encoder: str | Path | Encoder, memory: int = 2**28) -> None:
+    def __init__(
+        self,
+        venv: VecEnv,
+        encoder: str | Path | Encoder,
+        *,
+        memory: int = 128 * 2**20,
+        device: torch.device | str = "auto",
+    ) -> None:
+        if not isinstance(venv, VecEnv):
+            raise TypeError(
+                f"LatentVecEnv wraps SB3's vectorised environments, not {type(venv).__name__}: use "
+                "rlrep.make_vec_env, or DummyVecEnv([lambda: env])"
+            )
         encoder = load_encoder(encoder)
         if is_vecenv_wrapped(venv, VecNormalize):
-            # Off-policy, SB3 stores what its innermost VecNormalize saw: raw observations, where features belong.
             raise SpaceError(
-                "LatentVecEnv goes inside VecNormalize: VecNormalize(LatentVecEnv(venv, encoder), norm_obs=False)"
+                "the encoder takes raw observations, and SB3 stores those of the innermost VecNormalize in its replay "
+                "buffers: put it around the features, VecNormalize(LatentVecEnv(venv, encoder), norm_obs=False)"
             )
-        spaces.check_same(venv.observation_space, encoder.observation_space, "this encoder was made for observations")
+        self._reorder = _reordering(venv.observation_space, encoder.observation_space)
+        self.encoder = copy.deepcopy(encoder).to(get_device(device)).eval().requires_grad_(False)
         features = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
         super().__init__(venv, observation_space=features)
-        self.encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
-        # A key is 16 bytes; what Python keeps beside key and features is about 200.
-        self._room = memory // (4 * encoder.features_dim + 216)
-        self._known: dict[bytes, np.ndarray] = {}
-        self._n_asked = self._n_known = 0
+        self._memory = _Memory(encoder.features_dim, memory) if memory else None
 
-    def reset(self) -> np.ndarray:
-        """Returns the features of the first observations, (N, D)."""
+    def reset(self) -> VecEnvObs:
+        """Resets every environment and encodes the first observations."""
         return self._features(self.venv.reset())
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Returns features in place of observations, `terminal_observation` included."""
+        """Encodes the observations of a step, and the terminal ones in `infos`, as one batch."""
         obs, rewards, dones, infos = self.venv.step_wait()
         ended = [i for i in np.flatnonzero(dones) if "terminal_observation" in infos[i]]
         if ended:
             last = [infos[i]["terminal_observation"] for i in ended]
-            both = tree_map(lambda now, *ends: np.concatenate([now, np.stack(ends)]), obs, *last)
-            features = self._features(both)
-            # Copies: what is below may have kept its own infos, with the raw observation.
-            infos = list(infos)
-            for i, row in zip(ended, features[len(dones) :], strict=True):
-                infos[i] = {**infos[i], "terminal_observation": row}
-            return features[: len(dones)], rewards, dones, infos
-        return self._features(obs), rewards, dones, infos
+            obs = tree_map(lambda x, *ends: np.concatenate([x, np.stack(ends)]), obs, *last)
+        features = self._features(obs)
+        # Copies: the environments' own infos keep the raw observation.
+        infos = list(infos)
+        for i, row in zip(ended, features[self.num_envs :], strict=True):
+            infos[i] = {**infos[i], "terminal_observation": row}
+        return features[: self.num_envs], rewards, dones, infos
 
-    def _features(self, obs: Any) -> np.ndarray:
-        """(N, *obs_shape) -> (N, D)."""
-        if not self._room:
+    def _features(self, obs: Tree) -> np.ndarray:
+        """(M, *obs_shape) -> (M, D)."""
+        if self._memory is None:
             return self._encode(obs)
-        keys = _row_keys(obs)
-        new = {key: i for i, key in enumerate(keys) if key not in self._known}
-        self._n_asked += len(keys)
-        self._n_known += len(keys) - len(new)
-        if new:
-            rows = list(new.values())
-            self._known |= zip(new, self._encode(tree_map(lambda leaf: leaf[rows], obs)), strict=True)
-        features = np.stack([self._known[key] for key in keys])
-        if len(self._known) > self._room:
-            self._known = {}
-        if self._n_asked >= self.TRIED and self._n_known < self.WORTH_IT * self._n_asked:
-            self._room, self._known = 0, {}
+        features = self._memory.recall(obs, self._encode)
+        if self._memory.asked >= self.WINDOW:
+            if self._memory.known < self.WORTHWHILE * self._memory.asked:
+                self._memory = None
+            else:
+                self._memory.asked = self._memory.known = 0
         return features
 
-    def _encode(self, obs: Any) -> np.ndarray:
+    def _encode(self, obs: Tree) -> np.ndarray:
+        device = self.encoder.device
         with torch.inference_mode():
-            return self.encoder(to_tensor(obs, self.encoder.device)).cpu().numpy()
+            raw = tree_map(lambda reorder, x: reorder(torch.as_tensor(x).to(device)), self._reorder, obs)
+            return self.encoder(raw).float().cpu().numpy()
 
 
-def _row_keys(obs: Any) -> list[bytes]:
-    """Returns a 128-bit hash of each of N observations."""
-    leaves = [np.ascontiguousarray(leaf) for leaf in tree_leaves(obs)]
-    keys = []
-    for i in range(len(leaves[0])):
-        digest = hashlib.blake2b(digest_size=16)
-        for leaf in leaves:
-            digest.update(leaf[i : i + 1].data)
-        keys.append(digest.digest())
-    return keys
+class _Memory:
+    """Features of observations seen before, in about `n_bytes` at most; when it is full it starts anew."""
+
+    ENTRY = 224
+    """Bytes an entry takes beside its features: the digest, its slot and their place in the dictionary."""
+
+    def __init__(self, features_dim: int, n_bytes: int) -> None:
+        self.capacity = n_bytes // (self.ENTRY + 4 * features_dim)
+        # The operating system hands out pages of it only as they are written.
+        self.table = np.empty((self.capacity, features_dim), np.float32)
+        self.slots: dict[bytes, int] = {}
+        self.asked = self.known = 0
+
+    def recall(self, obs: Tree, encode: Callable[[Tree], np.ndarray]) -> np.ndarray:
+        """Returns the features of (M, *obs_shape) observations, (M, D); `encode` is asked for those not known."""
+        leaves = [np.ascontiguousarray(leaf) for leaf in tree_leaves(obs)]
+        keys = [_digest(leaf[i] for leaf in leaves) for i in range(len(leaves[0]))]
+        new = {key: i for i, key in enumerate(keys) if key not in self.slots}
+        self.asked += len(keys)
+        self.known += len(keys) - len(new)
+        if len(self.slots) + len(new) > self.capacity:
+            self.slots.clear()
+            new = {key: i for i, key in enumerate(keys)}
+            if len(new) > self.capacity:
+                return encode(obs)
+        if new:
+            rows = list(new.values())
+            start = len(self.slots)
+            self.table[start : start + len(rows)] = encode(tree_map(lambda x: x[rows], obs))
+            self.slots.update(zip(new, range(start, start + len(rows)), strict=True))
+        return self.table[[self.slots[key] for key in keys]]
+
+
+def _digest(parts: Iterable[np.ndarray]) -> bytes:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.tobytes())
+    return sha.digest()

@@ -1,237 +1,311 @@
-"""`LatentVecEnv`: the features a frozen encoder would give inside the policy, computed once a step."""
+"""`LatentVecEnv` gives what a frozen encoder inside the policy gives, computed once a step."""
 
 from __future__ import annotations
 
 import copy
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from rlrep_envs import make_vec_env
-from stable_baselines3 import DQN, PPO
+from sb3_cases import SETTINGS, SPACES, Noise, Rooms, build, encoder_of, extractors, state_of, venv_of
+from sb3_contrib import RecurrentPPO
+from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
-from torch import Tensor
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecMonitor,
+    VecNormalize,
+    VecTransposeImage,
+)
 
 from rlrep.encoders import Encoder, make_encoder
 from rlrep.sb3 import LatentVecEnv, policy_kwargs
-from rlrep.types import SpaceError, Tree, tree_map
+from rlrep.types import RunError, SpaceError, tree_leaves, tree_map
 
-GRID = "rlrep/TinyGrid-v0:size=5"
-SPECS = {
-    "grid": GRID,
-    "rgb": f"{GRID},obs_type=rgb",
-    "vector": f"{GRID},obs_type=vector",
-    "dict": f"{GRID},obs_type=dict",
-    "stacked": "MiniGrid-Empty-5x5-v0:obs=grid,frame_stack=4",
-}
-SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "device": "cpu", "seed": 0}
+over_spaces = pytest.mark.parametrize("space", SPACES)
 
 
-def pretrained(spec: str) -> Encoder:
-    torch.manual_seed(3)
-    return make_encoder("auto:features_dim=16", make_vec_env(spec).observation_space).eval()
+def count_encoded(latent: LatentVecEnv) -> list[int]:
+    """Returns a list to which the number of encoded observations is added at each call of the encoder."""
+    rows: list[int] = []
+    latent.encoder.register_forward_hook(lambda _, __, features: rows.append(len(features)))
+    return rows
 
 
-def encode(encoder: Encoder, obs: Tree) -> np.ndarray:
-    with torch.no_grad():
-        return encoder(tree_map(torch.as_tensor, obs)).numpy()
-
-
-def rollout(venv: VecEnv, steps: int, seed: int = 0) -> list[tuple]:
-    """What random actions give: (observation, reward, done, terminal observations by environment) a step."""
-    rng = np.random.default_rng(seed)
-    seen = [(venv.reset(), None, None, {})]
-    for _ in range(steps):
-        obs, rewards, dones, infos = venv.step(rng.integers(venv.action_space.n, size=venv.num_envs))
-        last = {i: info["terminal_observation"] for i, info in enumerate(infos) if "terminal_observation" in info}
-        assert set(last) == set(np.flatnonzero(dones))
-        seen.append((copy.deepcopy(obs), rewards.copy(), dones.copy(), copy.deepcopy(last)))
-    return seen
-
-
-@pytest.mark.parametrize("memory", [0, 2**20])
-@pytest.mark.parametrize("kind", SPECS)
-def test_every_observation_is_encoded_terminal_ones_too(kind: str, memory: int) -> None:
-    encoder = pretrained(SPECS[kind])
-    raw = rollout(make_vec_env(SPECS[kind], 3, seed=1), 120)
-    latent = rollout(LatentVecEnv(make_vec_env(SPECS[kind], 3, seed=1), encoder, memory=memory), 120)
-    ended = 0
-    for (obs, rewards, dones, last), (features, rewards_, dones_, last_) in zip(raw, latent, strict=True):
+@over_spaces
+def test_features_are_the_encoders(space: str) -> None:
+    encoder, raw, latent = encoder_of(space), venv_of(space), LatentVecEnv(venv_of(space), encoder_of(space))
+    assert latent.observation_space == spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
+    obs, features = raw.reset(), latent.reset()
+    for _ in range(12):
         assert features.dtype == np.float32
-        np.testing.assert_allclose(features, encode(encoder, obs), atol=1e-5)
-        np.testing.assert_array_equal(rewards_, rewards)
-        np.testing.assert_array_equal(dones_, dones)
-        assert last_.keys() == last.keys()
-        for i in last:
-            one = tree_map(lambda leaf: np.asarray(leaf)[None], last[i])
-            np.testing.assert_allclose(last_[i], encode(encoder, one)[0], atol=1e-5)
-            ended += 1
-    assert ended
-
-
-def test_what_is_below_keeps_its_raw_terminal_observation() -> None:
-    venv = make_vec_env(GRID, 1)
-    below: list[dict] = []
-    step_wait = venv.step_wait
-
-    def spy() -> Any:
-        result = step_wait()
-        below.extend(result[3])
-        return result
-
-    venv.step_wait = spy  # type: ignore[method-assign]
-    rollout(LatentVecEnv(venv, pretrained(GRID)), 100)
-    ends = [info["terminal_observation"] for info in below if "terminal_observation" in info]
-    assert ends
-    assert all(end.shape == venv.observation_space.shape for end in ends)
-
-
-@pytest.mark.parametrize("kind", SPECS)
-def test_a_policy_behind_it_equals_one_with_the_encoder_inside(kind: str) -> None:
-    encoder = pretrained(SPECS[kind])
-    venv = make_vec_env(SPECS[kind], 3, seed=1)
-    policy = "MultiInputPolicy" if isinstance(venv.observation_space, spaces.Dict) else "MlpPolicy"
-    inside = PPO(policy, venv, policy_kwargs=policy_kwargs(encoder, mode="frozen"), **SMALL)
-    behind = PPO("MlpPolicy", LatentVecEnv(make_vec_env(SPECS[kind], 3, seed=1), encoder), **SMALL)
-    heads = {k: v for k, v in inside.policy.state_dict().items() if "features_extractor" not in k}
-    assert heads.keys() == behind.policy.state_dict().keys()
-    behind.policy.load_state_dict(heads)
-    obs, features = inside.env.reset(), behind.env.reset()
-    for _ in range(5):
         with torch.no_grad():
-            a, value_a, log_a = inside.policy(inside.policy.obs_to_tensor(obs)[0], deterministic=True)
-            b, value_b, log_b = behind.policy(behind.policy.obs_to_tensor(features)[0], deterministic=True)
-        assert torch.equal(a, b)
-        torch.testing.assert_close(value_a, value_b, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(log_a, log_b, atol=1e-5, rtol=1e-5)
-        step = np.array([0, 1, 2])
-        obs, features = inside.env.step(step)[0], behind.env.step(step)[0]
+            expected = encoder(tree_map(torch.as_tensor, obs))
+        assert np.allclose(features, expected, atol=1e-5)
+        actions = np.zeros(2, int)
+        obs, features = raw.step(actions)[0], latent.step(actions)[0]
 
 
-def test_remembering_changes_nothing_that_is_learnt() -> None:
-    encoder = pretrained(GRID)
-    weights = []
-    for memory in (0, 2**20):
-        model = PPO("MlpPolicy", LatentVecEnv(make_vec_env(GRID, 4), encoder, memory=memory), **SMALL).learn(256)
-        weights.append(model.policy.state_dict())
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, atol=1e-5, rtol=1e-4)
+@over_spaces
+def test_terminal_observations_are_encoded(space: str) -> None:
+    """Those an episode ended on, not the ones the next began with, where some episodes end and others go on."""
+    encoder = encoder_of(space)
+    venv = venv_of(space)
+    raw = copy.deepcopy(venv)
+    latent = LatentVecEnv(venv, encoder)
+    raw.reset(), latent.reset()
+    n_ended = 0
+    for _ in range(12):
+        obs, _, dones, infos = raw.step(np.zeros(2, int))
+        features, _, _, latent_infos = latent.step(np.zeros(2, int))
+        for i in np.flatnonzero(dones):
+            n_ended += 1
+            last = infos[i]["terminal_observation"]
+            with torch.no_grad():
+                expected = encoder(tree_map(lambda x: torch.as_tensor(x)[None], last))[0]
+            assert np.allclose(latent_infos[i]["terminal_observation"], expected, atol=1e-5)
+            begun = tree_map(lambda x, i=i: x[i], obs)
+            same = all(np.array_equal(x, y) for x, y in zip(tree_leaves(begun), tree_leaves(last), strict=True))
+            assert np.allclose(features[i], expected, atol=1e-3) == same
+    assert n_ended == 4
 
 
-class Counting(torch.nn.Module):
-    """Counts the rows the encoder is asked for."""
-
-    def __init__(self, venv: LatentVecEnv) -> None:
-        super().__init__()
-        self.rows = 0
-        venv.encoder.register_forward_pre_hook(self.count)
-
-    def count(self, _: Any, inputs: tuple[Tensor]) -> None:
-        self.rows += len(inputs[0])
+def test_the_environments_own_infos_stay_raw() -> None:
+    """What a recorder below keeps of a step must not turn into features behind its back."""
+    venv = venv_of("picture")
+    latent = LatentVecEnv(venv, encoder_of("picture"))
+    latent.reset()
+    for _ in range(5):
+        latent.step(np.zeros(2, int))
+    assert venv.buf_infos[0]["terminal_observation"].shape == (36, 40, 3)
 
 
-def test_each_distinct_observation_is_encoded_once() -> None:
-    venv = LatentVecEnv(make_vec_env(GRID, 4), pretrained(GRID))
-    counting = Counting(venv)
-    raw = rollout(make_vec_env(GRID, 4), 200)
-    rollout(venv, 200)
-    distinct = {row.tobytes() for obs, *_, last in raw for row in [*obs, *last.values()]}
-    assert counting.rows == len(distinct) < 400
+@pytest.mark.parametrize("space", ["picture", "dict"])
+@pytest.mark.parametrize("cls", [PPO, DQN, SAC])
+def test_equal_to_the_encoder_inside_the_policy(cls: type[BaseAlgorithm], space: str) -> None:
+    """The same heads say the same, and learn the same from the same data."""
+    encoder = encoder_of(space)
+    inside = build(cls, venv_of(space, cls), policy_kwargs(encoder, cls, mode="frozen"))
+    outside = build(cls, LatentVecEnv(venv_of(space, cls), encoder), {})
+    heads = {name: x for name, x in state_of(inside.policy).items() if "fingerprint" not in name}
+    assert set(heads) == set(outside.policy.state_dict())
+    outside.policy.load_state_dict(heads)
+
+    raw, latent = venv_of(space, cls), LatentVecEnv(venv_of(space, cls), encoder)
+    one = inside.policy.obs_to_tensor(raw.reset())[0]
+    other = outside.policy.obs_to_tensor(latent.reset())[0]
+    for left, right in zip(outputs(inside, one), outputs(outside, other), strict=True):
+        assert torch.allclose(left, right, atol=1e-5)
+
+    for model in (inside, outside):
+        model.set_random_seed(3)
+        model.learn(64)
+    assert inside._n_updates == outside._n_updates > 0
+    after = outside.policy.state_dict()
+    for name, x in inside.policy.state_dict().items():
+        if "fingerprint" not in name:
+            assert torch.allclose(x, after[name], atol=2e-4), name
 
 
-def test_it_keeps_within_its_memory() -> None:
-    encoder = pretrained(GRID)
-    room = 20
-    venv = LatentVecEnv(make_vec_env(GRID, 4), encoder, memory=room * (4 * 16 + 216))
-    counting = Counting(venv)
-    rng = np.random.default_rng(0)
-    plain = make_vec_env(GRID, 4)
-    np.testing.assert_allclose(venv.reset(), encode(encoder, plain.reset()), atol=1e-5)
-    for _ in range(300):
-        actions = rng.integers(venv.action_space.n, size=4)
-        np.testing.assert_allclose(venv.step(actions)[0], encode(encoder, plain.step(actions)[0]), atol=1e-5)
-        assert len(venv._known) <= room
-    assert counting.rows > room
+def outputs(model: BaseAlgorithm, obs: Any) -> list[torch.Tensor]:
+    with torch.no_grad():
+        if isinstance(model, PPO):
+            return [model.policy.get_distribution(obs).distribution.logits, model.policy.predict_values(obs)]
+        if isinstance(model, DQN):
+            return [model.q_net(obs), model.q_net_target(obs)]
+        actions = model.actor(obs, deterministic=True)
+        return [actions, *model.critic(obs, actions), *model.critic_target(obs, actions)]
 
 
-def test_fewer_places_than_environments_still_give_right_features() -> None:
-    encoder = pretrained(GRID)
-    venv = LatentVecEnv(make_vec_env(GRID, 8), encoder, memory=3 * (4 * 16 + 216))
-    for a, b in zip(rollout(venv, 60), rollout(make_vec_env(GRID, 8), 60), strict=True):
-        np.testing.assert_allclose(a[0], encode(encoder, b[0]), atol=1e-5)
-        assert len(venv._known) <= 3
-
-
-def test_it_stops_remembering_what_never_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LatentVecEnv, "TRIED", 200)
-    spec = "CartPole-v1"
-    encoder = pretrained(spec)
-    venv = LatentVecEnv(make_vec_env(spec, 4), encoder)
-    repeating = LatentVecEnv(make_vec_env(GRID, 4), pretrained(GRID))
-    for a, b in zip(rollout(venv, 100), rollout(make_vec_env(spec, 4), 100), strict=True):
-        np.testing.assert_allclose(a[0], encode(encoder, b[0]), atol=1e-5)
-    assert not venv._known
-    rollout(repeating, 100)
-    assert repeating._known
-
-
-def test_training_the_original_afterwards_does_not_reach_it() -> None:
-    encoder = pretrained(GRID)
-    venv = LatentVecEnv(make_vec_env(GRID, 2), encoder, memory=0)
-    venv.seed(0)
-    before = venv.reset()
-    encoder.train()
+def test_training_the_original_later_changes_nothing() -> None:
+    encoder = encoder_of("picture").train()
+    latent = LatentVecEnv(venv_of("picture"), encoder, memory=0)
+    latent.reset()
+    obs = [env.last for env in latent.venv.envs]
+    before = latent._encode(np.stack(obs))
     with torch.no_grad():
         for parameter in encoder.parameters():
-            parameter.add_(1.0)
-    venv.seed(0)
-    np.testing.assert_array_equal(venv.reset(), before)
-    assert not venv.encoder.training
-    assert all(parameter.requires_grad for parameter in encoder.parameters())
+            parameter.zero_()
+    assert np.array_equal(latent._encode(np.stack(obs)), before)
+    assert encoder.training, "the original was touched"
+    assert all(p.requires_grad for p in encoder.parameters()), "the original was touched"
 
 
-@pytest.mark.filterwarnings("ignore:The environment is already wrapped with a `Monitor`")
-@pytest.mark.parametrize("kind", ["grid", "dict"])
-def test_monitors_callbacks_and_other_algorithms_work_on_it(kind: str) -> None:
-    encoder = pretrained(SPECS[kind])
-    venv = VecMonitor(LatentVecEnv(make_vec_env(SPECS[kind], 2), encoder))
-    evaluation = VecMonitor(LatentVecEnv(make_vec_env(SPECS[kind], 1, seed=100), encoder))
-    callback = EvalCallback(evaluation, n_eval_episodes=2, eval_freq=32, verbose=0)
-    model = PPO("MlpPolicy", venv, **SMALL).learn(128, callback=callback)
-    assert np.isfinite(callback.last_mean_reward)
-    assert len(model.ep_info_buffer)
-
-    model = DQN("MlpPolicy", venv, learning_starts=32, batch_size=16, buffer_size=500, device="cpu").learn(300)
-    # What is bootstrapped from at an end is the features of the last observation, not of the next episode's first.
-    ends = np.argwhere(model.replay_buffer.dones)
-    assert len(ends)
-    for at, i in ends:
-        following = model.replay_buffer.observations[at + 1, i]
-        assert not np.array_equal(model.replay_buffer.next_observations[at, i], following)
+def test_dropout_and_batch_norm_are_off() -> None:
+    latent = LatentVecEnv(venv_of("vector"), make_encoder("sb3_cases:Shaky", SPACES["vector"]).train(), memory=0)
+    before = latent.encoder.digest()
+    obs = np.ones((2, 4), np.float32)
+    assert np.array_equal(latent._encode(obs), latent._encode(obs))
+    assert latent.encoder.digest() == before
 
 
-def test_recurrent_policies_work_on_it() -> None:
-    contrib = pytest.importorskip("sb3_contrib")
-    venv = LatentVecEnv(make_vec_env(GRID, 2), pretrained(GRID))
-    contrib.RecurrentPPO("MlpLstmPolicy", venv, n_steps=16, batch_size=16, n_epochs=1, device="cpu").learn(32)
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
-def test_rewards_can_be_normalised_around_it(algorithm: str) -> None:
-    encoder = pretrained(GRID)
-    for norm_obs in (True, False):
-        with pytest.raises(SpaceError, match=r"VecNormalize\(LatentVecEnv\(venv, encoder\), norm_obs=False\)"):
-            LatentVecEnv(VecNormalize(make_vec_env(GRID, 2), norm_obs=norm_obs), encoder)
-    venv = VecNormalize(LatentVecEnv(make_vec_env(GRID, 2), encoder), norm_obs=False)
-    if algorithm == "ppo":
-        PPO("MlpPolicy", venv, **SMALL).learn(64)
-    else:
-        DQN("MlpPolicy", venv, learning_starts=16, batch_size=16, buffer_size=100, device="cpu").learn(64)
+@pytest.mark.parametrize("space", ["picture", "discrete", "dict"])
+def test_what_was_seen_is_not_encoded_again(space: str) -> None:
+    venv, encoder = venv_of(space, env=Rooms, n=3), encoder_of(space)
+    latent = LatentVecEnv(venv, encoder)
+    encoded = count_encoded(latent)
+    latent.reset()
+    for _ in range(40):
+        features = latent.step(np.zeros(3, int))[0]
+        obs = stack([env.last for env in venv.envs])
+        with torch.no_grad():
+            assert np.allclose(features, encoder(tree_map(torch.as_tensor, obs)), atol=1e-5)
+    assert sum(encoded) <= 4
 
 
-def test_other_observations_are_refused() -> None:
+def stack(observations: list[Any]) -> Any:
+    return tree_map(lambda *leaves: np.stack(leaves), *observations)
+
+
+def test_observations_of_a_dict_are_told_apart_by_every_key() -> None:
+    latent = LatentVecEnv(venv_of("dict"), encoder_of("dict"))
+    one = SPACES["dict"].sample()
+    for key, sub in SPACES["dict"].spaces.items():
+        other = {**one, key: one[key]}
+        while np.array_equal(other[key], one[key]):
+            other[key] = sub.sample()
+        both = latent._features(stack([one, other]))
+        assert not np.allclose(both[0], both[1], atol=1e-6), key
+        assert np.allclose(both, latent._encode(stack([one, other])), atol=1e-5)
+
+
+def test_a_row_is_the_same_whatever_the_layout_of_the_batch() -> None:
+    latent = LatentVecEnv(venv_of("picture"), encoder_of("picture"))
+    encoded = count_encoded(latent)
+    obs = np.stack([SPACES["picture"].sample() for _ in range(4)])
+    first = latent._features(obs)
+    assert np.array_equal(latent._features(np.asfortranarray(obs)[::-1]), first[::-1])
+    assert sum(encoded) == 4
+
+
+@pytest.mark.parametrize("memory", [0, 1, 600, 900, 10_000])
+def test_whatever_the_memory_the_features_are_right(memory: int) -> None:
+    """Room for none, none, two, three and many observations."""
+    encoder = encoder_of("vector")
+    latent = LatentVecEnv(venv_of("vector", env=Rooms), encoder, memory=memory)
+    rng = np.random.default_rng(0)
+    rows = rng.uniform(-1, 1, (6, 4)).astype(np.float32)
+    for _ in range(30):
+        obs = rows[rng.integers(6, size=rng.integers(1, 5))]
+        with torch.no_grad():
+            assert np.allclose(latent._features(obs), encoder(torch.as_tensor(obs)), atol=1e-5)
+    if latent._memory:
+        assert len(latent._memory.slots) <= latent._memory.capacity
+
+
+def test_memory_takes_no_more_than_it_is_given() -> None:
+    latent = LatentVecEnv(venv_of("picture"), encoder_of("picture"), memory=100_000)
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    try:
+        for _ in range(30):
+            latent._features(rng.integers(256, size=(32, 36, 40, 3), dtype=np.uint8))
+        assert len(latent._memory.slots) > 100
+        assert tracemalloc.get_traced_memory()[0] < 130_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_stops_where_nothing_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LatentVecEnv, "WINDOW", 64)
+    never, often = (LatentVecEnv(venv_of("vector", env=env), encoder_of("vector")) for env in (Noise, Rooms))
+    for latent in (never, often):
+        latent.reset()
+        for _ in range(100):
+            latent.step(np.zeros(2, int))
+    assert never._memory is None
+    assert often._memory is not None
+
+
+# --- among SB3's other parts -----------------------------------------------------------------------------------------
+
+
+def test_seeds_reach_the_environments() -> None:
+    firsts = []
+    for seed in (5, 5, 6):
+        latent = LatentVecEnv(venv_of("picture"), encoder_of("picture"))
+        latent.seed(seed)
+        firsts.append(latent.reset())
+    assert np.array_equal(firsts[0], firsts[1])
+    assert not np.array_equal(firsts[0], firsts[2])
+
+
+def test_monitor_evaluation_and_callbacks(tmp_path: Any) -> None:
+    encoder = encoder_of("picture")
+    env = VecMonitor(LatentVecEnv(venv_of("picture"), encoder))
+    evaluation = VecMonitor(LatentVecEnv(venv_of("picture"), encoder))
+    callback = EvalCallback(evaluation, eval_freq=16, n_eval_episodes=2, best_model_save_path=str(tmp_path), verbose=0)
+    model = PPO("MlpPolicy", env, **SETTINGS[PPO], device="cpu")
+    model.learn(64, callback=callback)
+    assert np.isfinite(callback.best_mean_reward)
+    assert len(model.ep_info_buffer) > 0
+    loaded = PPO.load(tmp_path / "best_model", env=env, device="cpu")
+    assert np.isfinite(evaluate_policy(loaded, evaluation, n_eval_episodes=2)[0])
+
+
+def test_recurrent_policies() -> None:
+    env = LatentVecEnv(venv_of("grid"), encoder_of("grid"))
+    RecurrentPPO("MlpLstmPolicy", env, n_steps=16, batch_size=16, device="cpu").learn(64)
+    kwargs = policy_kwargs(encoder_of("grid"), "recurrentppo")
+    RecurrentPPO("CnnLstmPolicy", venv_of("grid"), policy_kwargs=kwargs, n_steps=16, batch_size=16, device="cpu").learn(
+        64
+    )
+
+
+def picture() -> Noise:
+    return Noise("picture")
+
+
+def test_environments_in_other_processes() -> None:
+    latent = LatentVecEnv(SubprocVecEnv([picture, picture], start_method="fork"), encoder_of("picture"))
+    try:
+        latent.reset()
+        for _ in range(5):
+            features, _, dones, infos = latent.step(np.zeros(2, int))
+        assert dones.all()
+        assert infos[1]["terminal_observation"].shape == (16,)
+        assert features.shape == (2, 16)
+    finally:
+        latent.close()
+
+
+def test_the_transposed_view_of_an_environment_is_encoded_as_well() -> None:
+    encoder = encoder_of("picture")
+    straight = LatentVecEnv(venv_of("picture"), encoder)
+    turned = LatentVecEnv(VecTransposeImage(venv_of("picture")), encoder)
+    assert np.allclose(straight.reset(), turned.reset(), atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [PPO, DQN, SAC])
+def test_normalisation_goes_around_the_features(cls: type[BaseAlgorithm]) -> None:
+    encoder = encoder_of("picture")
+    for norm_obs in (False, True):
+        with pytest.raises(SpaceError, match=r"VecNormalize\(LatentVecEnv"):
+            LatentVecEnv(VecNormalize(venv_of("picture", cls), norm_obs=norm_obs), encoder)
+        build(cls, VecNormalize(LatentVecEnv(venv_of("picture", cls), encoder), norm_obs=norm_obs), {}).learn(40)
+
+
+def test_bad_arguments(tmp_path: Any) -> None:
     with pytest.raises(SpaceError, match="made for observations"):
-        LatentVecEnv(make_vec_env(SPECS["rgb"]), pretrained(GRID))
+        LatentVecEnv(venv_of("grid"), encoder_of("picture"))
+    with pytest.raises(TypeError, match="DummyVecEnv"):
+        LatentVecEnv(Noise("picture"), encoder_of("picture"))  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="no encoder"):
+        LatentVecEnv(venv_of("picture"), tmp_path)
+
+
+def test_an_encoder_by_its_folder(tmp_path: Any) -> None:
+    encoder: Encoder = encoder_of("picture")
+    encoder.save_pretrained(tmp_path)
+    latent = LatentVecEnv(DummyVecEnv([picture]), tmp_path)
+    assert latent.encoder.digest() == encoder.digest()
+    assert extractors(PPO("MlpPolicy", latent, device="cpu"))[0].features_dim == 16

@@ -1,0 +1,134 @@
+"""Small environments and encoders on which the SB3 bridge is tried."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from torch import nn
+
+from rlrep.encoders import Encoder, make_encoder
+
+SPACES: dict[str, spaces.Space] = {
+    "picture": spaces.Box(0, 255, (36, 40, 3), np.uint8),
+    "grid": spaces.Box(0, 255, (7, 7, 3), np.uint8),
+    "vector": spaces.Box(-1, 1, (4,), np.float32),
+    "discrete": spaces.Discrete(5),
+    "multidiscrete": spaces.MultiDiscrete([3, 4]),
+    "dict": spaces.Dict(
+        {
+            "image": spaces.Box(0, 255, (7, 7, 3), np.uint8),
+            "choice": spaces.Discrete(4),
+            "pair": spaces.MultiDiscrete([3, 2]),
+            "words": spaces.Box(0, 9, (5,), np.int64),
+        }
+    ),
+}
+
+SPECS = {"picture": "nature:features_dim=16,width=4", "grid": "grid:features_dim=16,width=4"}
+
+SETTINGS: dict[type[BaseAlgorithm], dict[str, Any]] = {
+    PPO: {"n_steps": 16, "batch_size": 32, "n_epochs": 1},
+    DQN: {"learning_starts": 16, "buffer_size": 200, "batch_size": 8},
+    SAC: {"learning_starts": 16, "buffer_size": 200, "batch_size": 8},
+}
+"""Two environments: PPO makes one step of its optimiser every 32 steps, DQN one every 8, SAC one every 2."""
+
+
+class Noise(gym.Env[Any, Any]):
+    """Random observations of any space, short episodes, reward for the size of the action."""
+
+    def __init__(self, space: str | spaces.Space, continuous: bool = False, length: int = 5) -> None:
+        # A copy has a random generator of its own.
+        self.observation_space = copy.deepcopy(SPACES[space] if isinstance(space, str) else space)
+        self.length = length
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32) if continuous else spaces.Discrete(3)
+        self.last: Any = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps = 0
+        return self.observe(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        reward = float(np.abs(action).sum()) - 1
+        return self.observe(), reward, self.steps == self.length, False, {}
+
+    def observe(self) -> Any:
+        self.last = self.observation_space.sample()
+        return self.last
+
+
+class Rooms(Noise):
+    """As `Noise`, with four different observations only."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            self.observation_space.seed(0)
+            self.rooms = [self.observation_space.sample() for _ in range(4)]
+        return super().reset(seed=seed, options=options)
+
+    def observe(self) -> Any:
+        self.last = self.rooms[int(self.np_random.integers(4))]
+        return self.last
+
+
+class Shaky(Encoder):
+    """Has what reacts to training mode: batch normalisation and dropout."""
+
+    kinds = ("picture", "grid", "vector")
+
+    def __init__(self, observation_space: spaces.Space, features_dim: int = 8) -> None:
+        super().__init__(observation_space, features_dim)
+        n = int(np.prod(observation_space.shape))  # type: ignore[arg-type]
+        self.layers = nn.Sequential(nn.Linear(n, features_dim), nn.BatchNorm1d(features_dim), nn.Dropout(0.5))
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.layers(obs.flatten(1).float())
+
+
+def venv_of(space: str | spaces.Space, cls: type[BaseAlgorithm] = PPO, n: int = 2, env: type[Noise] = Noise) -> VecEnv:
+    """Environments with the actions that `cls` can take, whose episodes have 5, 6, ... steps."""
+    venv = DummyVecEnv([lambda length=5 + i: env(space, cls is SAC, length) for i in range(n)])
+    venv.seed(0)
+    return venv
+
+
+def encoder_of(space: str | spaces.Space, seed: int = 7) -> Encoder:
+    """An encoder whose weights no initialisation would give: a stand-in for a pre-trained one."""
+    torch.manual_seed(seed)
+    encoder = make_encoder(SPECS.get(str(space), "auto"), SPACES[space] if isinstance(space, str) else space)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return encoder.eval()
+
+
+def build(cls: type[BaseAlgorithm], venv: VecEnv, policy_kwargs: dict[str, Any], **settings: Any) -> BaseAlgorithm:
+    policy = "MultiInputPolicy" if isinstance(venv.observation_space, spaces.Dict) else "MlpPolicy"
+    settings = {**SETTINGS[cls], **settings}
+    return cls(policy, venv, policy_kwargs=policy_kwargs, seed=0, device="cpu", **settings)
+
+
+def extractors(model: BaseAlgorithm) -> list[nn.Module]:
+    """Every features extractor of a model, each once, the policy's own first and the targets' last."""
+    found = [m for name, m in model.policy.named_modules() if name.split(".")[-1] == "features_extractor"]
+    return list(dict.fromkeys(found))
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def largest_change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
+    return max(float((after[name] - tensor).abs().max()) for name, tensor in before.items())
