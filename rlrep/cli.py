@@ -141,7 +141,8 @@ class ListCommand:
         }
         auto = ", ".join(f"{name} for {kind}" for kind, name in AUTO.items())
         tables["encoders"].insert(0, ("auto", f"By the kind of observation: {auto}.", "", ""))
-        tables["algorithms"] = [(name, _first_line(cls), "", PAPERS[name]) for name, cls in sorted(algorithms().items())]
+        known = sorted(algorithms().items())
+        tables["algorithms"] = [(name, _first_line(cls), "", PAPERS[name]) for name, cls in known]
         console = Console(width=None if sys.stdout.isatty() else 160)
         for title, rows in tables.items():
             if self.kind not in ("all", title):

@@ -61,8 +61,8 @@ def pretrain(
     Args:
         data: A dataset, its folder, or several folders.
         out: Run folder: the encoder in `encoder/`, `metrics.jsonl`, TensorBoard logs, a checkpoint while it runs.
-        objectives: Objective specs, summed: `["ae", "inverse:weight=0.01"]`. Their losses differ in size, an `ae` loss on
-            pictures being some hundred times smaller than the others.
+        objectives: Objective specs, summed: `["ae", "inverse:weight=0.01"]`. Their losses differ in size: that of
+            `ae` on pictures is some hundred times smaller than the others.
         encoder: Encoder spec; `auto` picks by the kind of observation.
         updates: Gradient steps.
         batch_size: Segments in a batch.

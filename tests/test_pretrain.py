@@ -98,7 +98,8 @@ def test_resuming_equals_an_unbroken_run(data: Path, tmp_path: Path, specs: list
 def test_killed_then_resumed_equals_an_unbroken_run(data: Path, tmp_path: Path) -> None:
     settings = {**SMALL, "updates": 400, "checkpoint_every": 20}
     whole = pretrain(data, out=tmp_path / "whole", **settings)
-    call = f"from rlrep.pretrain import pretrain; pretrain({str(data)!r}, out={str(tmp_path / 'killed')!r}, **{settings!r})"
+    arguments = f"{str(data)!r}, out={str(tmp_path / 'killed')!r}, **{settings!r}"
+    call = f"from rlrep.pretrain import pretrain; pretrain({arguments})"
     child = subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed" / CHECKPOINT).exists():
         assert child.poll() is None, "ended before its first checkpoint"

@@ -94,9 +94,9 @@ _EMPTY, _UNSEEN = (OBJECT_TO_IDX["empty"], 0, 0), (OBJECT_TO_IDX["unseen"], 0, 0
 def _observe(board: Any) -> dict[str, Any]:
     """Returns what `MiniGridEnv.gen_obs` does, in less than half the time.
 
-    MiniGrid copies and turns the board cell by cell; this looks the view's cells up where they are. What is seen spreads
-    row by row from the agent upwards, a row being the bits of an integer: through cells that one can see behind to both
-    sides, and to the three cells above.
+    MiniGrid copies and turns the board cell by cell; this looks the view's cells up where they are. What is seen
+    spreads row by row from the agent upwards, a row being the bits of an integer: through cells that one can see behind
+    to both sides, and to the three cells above.
     """
     v, width, height = board.agent_view_size, board.grid.width, board.grid.height
     x, y = map(int, board.agent_pos)
