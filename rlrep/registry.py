@@ -13,6 +13,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast
 
+import numpy as np
 from rlrep_envs.spec import join_spec, nearest, split_spec
 
 from rlrep.types import RlrepError
@@ -21,9 +22,26 @@ __all__ = ["Registry", "SpecError", "join_spec", "nearest", "split_spec"]
 
 C = TypeVar("C", bound=type)
 
+PLAIN: dict[type, tuple[str, type | tuple[type, ...]]] = {
+    bool: ("true or false", bool),
+    int: ("a whole number", int),
+    float: ("a number", (int, float)),
+    str: ("text", str),
+    tuple: ("a list", (list, tuple)),
+}
+"""What an option takes, by the type of its default: in words, and in Python."""
+
 
 class SpecError(RlrepError, ValueError):
     """A spec names something that does not exist, or sets an option it does not have."""
+
+
+def _suits(value: Any, option: inspect.Parameter) -> bool:
+    """Whether an option can have a value, as far as its default tells; None only where the annotation has it."""
+    default = option.default
+    if type(default) not in PLAIN or (value is None and "None" in str(option.annotation)):
+        return True
+    return isinstance(value, PLAIN[type(default)][1]) and isinstance(value, bool) == isinstance(default, bool)
 
 
 class Registry(Generic[C]):
@@ -122,7 +140,7 @@ class Registry(Generic[C]):
             spec: `"atc:lag=3"`, or the same as a mapping `{"name": "atc", "lag": 3}`.
 
         Raises:
-            SpecError: Unknown name or option.
+            SpecError: Unknown name or option, or a value that is not of the kind of the option's default.
         """
         if isinstance(spec, str):
             try:
@@ -134,11 +152,18 @@ class Registry(Generic[C]):
         else:
             raise SpecError(f"a {self.kind} spec is a string 'name:key=value' or a mapping with a 'name', not {spec!r}")
         valid = self.options(name)
-        for key in options:
+        for key, value in options.items():
             if key not in valid:
                 listing = ", ".join(self.signature(name)) or "none"
                 raise SpecError(
                     f"{self.kind} {name!r} has no option {key!r}.{nearest(str(key), valid)} Its options: {listing}."
+                )
+            if isinstance(value, np.generic):
+                options[key] = value = value.item()
+            if not _suits(value, valid[key]):
+                raise SpecError(
+                    f"option {key!r} of {self.kind} {name!r} is {PLAIN[type(valid[key].default)][0]} such as "
+                    f"{valid[key].default!r}, not {value!r}"
                 )
         return name, options
 

@@ -157,12 +157,27 @@ def test_a_spec_is_text_or_a_mapping(things: Registry[Any]) -> None:
         ({"name": 3}, r"a mapping with a 'name'"),
         (7, r"a string 'name:key=value' or a mapping with a 'name', not 7"),
         (None, r"not None"),
+        ("plain:size=big", r"option 'size' of thing 'plain' is a whole number such as 3, not 'big'"),
+        ("plain:size=1.5", r"a whole number such as 3, not 1\.5"),
+        ("plain:size=true", r"a whole number such as 3, not True"),
+        ("plain:size=none", r"a whole number such as 3, not None"),
+        ("plain:colour=7", r"'colour' of thing 'plain' is text such as 'red', not 7"),
+        ("wide:width=wide", r"a number such as 1\.5, not 'wide'"),
+        ("closed:only=1", r"true or false such as True, not 1"),
     ],
     ids=str,
 )
 def test_mistakes_are_told_with_what_is_right(things: Registry[Any], spec: Any, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         things.parse(spec)
+
+
+def test_values_of_the_right_kind_are_taken(things: Registry[Any]) -> None:
+    assert things.parse("wide:width=2")[1] == {"width": 2}
+    # A sweep with numpy makes its own kind of numbers, which JSON does not know.
+    found = things.parse({"name": "wide", "width": np.float32(0.5), "size": np.int64(4)})[1]
+    assert found == {"width": 0.5, "size": 4}
+    assert [type(value) for value in found.values()] == [float, int]
 
 
 def test_two_classes_cannot_have_one_name(things: Registry[Any]) -> None:
