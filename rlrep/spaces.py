@@ -53,8 +53,8 @@ def kind(space: Space) -> Kind:
 
 
 def _is_vocabulary(space: spaces.Box) -> bool:
-    """Whether all entries go from 0 to one bound; the whole range of a byte is memory, as Atari's, not words."""
-    one_bound = np.all(space.low == 0) and np.all(space.high == space.high[0])
+    """Whether all entries go from 0 to one bound, neither a bit's nor a byte's: Atari's memory is no text."""
+    one_bound = np.all(space.low == 0) and np.all(space.high == space.high[0]) and space.high[0] > 1
     return bool(one_bound and space.high[0] < 2**16 and (space.dtype != np.uint8 or space.high[0] < 255))
 
 

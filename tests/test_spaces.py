@@ -92,6 +92,8 @@ def test_json_of_unknown_types_is_refused() -> None:
         (Box(0, 56, (72,), np.uint8), "tokens"),
         (Box(0, 30_000, (12,), np.int64), "tokens"),
         (Box(1, 9, (4,), np.int64), "vector"),
+        # One-hot, say: an encoder of words would not tell one place from another.
+        (Box(0, 1, (16,), np.int64), "vector"),
         (Box(np.array([0, 0]), np.array([4, 5]), dtype=np.int64), "vector"),
         (Box(0, np.iinfo(np.int64).max, (4,), np.int64), "vector"),
         (Box(-1, 1, (7, 7, 3), np.float32), "vector"),
