@@ -30,7 +30,10 @@ AUTO: dict[spaces.Kind, str] = {
     "vector": "mlp",
     "dict": "dict",
 }
-"""What the spec `auto` stands for, by kind of observation."""
+"""What the spec `auto` stands for, by kind of observation; `mlp` for pictures smaller than `SMALLEST_PICTURE`."""
+
+SMALLEST_PICTURE = 36
+"""Pixels; below this the last convolution of `nature` has nothing left to look at."""
 
 
 class Encoder(nn.Module, PyTorchModelHubMixin):
@@ -50,6 +53,11 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     kinds: ClassVar[tuple[spaces.Kind, ...]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Names the class by its import path, until it is registered: a child must not be saved as its parent."""
+        super().__init_subclass__(**kwargs)
+        cls.name = f"{cls.__module__}:{cls.__qualname__}"
 
     def __init__(self, observation_space: Space, features_dim: int) -> None:
         super().__init__()
@@ -71,12 +79,21 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         raise NotImplementedError
 
     def encode(self, obs: Tree) -> Tensor:
-        """(..., *obs_shape) raw observations of any leading axes -> (..., D) features."""
+        """(..., *obs_shape) raw observations of any leading axes -> (..., D) features.
+
+        Raises:
+            SpaceError: The observations have another shape than the space.
+        """
         leaf, space = obs, self.observation_space
         while isinstance(space, gym_spaces.Dict):
             key = next(iter(space.spaces))
             leaf, space = leaf[key], space.spaces[key]
-        leading = leaf.shape[: leaf.ndim - len(cast(tuple[int, ...], space.shape))]
+        shape = cast(tuple[int, ...], space.shape)
+        leading = leaf.shape[: max(leaf.ndim - len(shape), 0)]
+        if leaf.shape[len(leading) :] != shape:
+            raise SpaceError(
+                f"observations of {space} have shape (..., {', '.join(map(str, shape))}), not {tuple(leaf.shape)}"
+            )
         features = self(tree_map(lambda x: x.reshape(-1, *x.shape[len(leading) :]), obs))
         return features.reshape(*leading, self.features_dim)
 
@@ -103,7 +120,8 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         sha = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             sha.update(name.encode())
-            sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            # Through bytes, since numpy has no bfloat16.
+            sha.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -146,22 +164,30 @@ def make_encoder(spec: str | Mapping[str, Any] | Encoder, observation_space: Spa
         spaces.check_same(observation_space, spec.observation_space, "this encoder was made for observations")
         return spec
     if isinstance(spec, str) and (spec == "auto" or spec.startswith("auto:")):
-        spec = AUTO[spaces.kind(observation_space)] + spec.removeprefix("auto")
+        spec = _auto(observation_space) + spec.removeprefix("auto")
     elif isinstance(spec, Mapping) and spec.get("name") == "auto":
-        spec = {**spec, "name": AUTO[spaces.kind(observation_space)]}
+        spec = {**spec, "name": _auto(observation_space)}
     return encoders.build(spec, observation_space)
+
+
+def _auto(space: Space) -> str:
+    kind = spaces.kind(space)
+    small = kind == "picture" and min(spaces.picture_shape(space)[1:]) < SMALLEST_PICTURE
+    return "mlp" if small else AUTO[kind]
 
 
 def from_config(config: Mapping[str, Any], weights: bytes | None = None) -> Encoder:
     """Builds an encoder from its `config`, and gives it `weights` (safetensors) if there are any.
 
     Raises:
-        RunError: The configuration was written by a newer version.
+        RunError: The configuration is incomplete, or was written by a newer version.
+        SpecError: It names an encoder or option that does not exist.
     """
-    if config.get("format_version", runs.FORMAT_VERSION + 1) > runs.FORMAT_VERSION or "encoder" not in config:
+    complete = {"encoder", "options", "observation_space", "provenance"} <= config.keys()
+    if not complete or config.get("format_version", runs.FORMAT_VERSION + 1) > runs.FORMAT_VERSION:
         raise RunError(f"this is no encoder configuration that this version of rlrep reads: {json.dumps(config)[:200]}")
     space = spaces.from_json(config["observation_space"])
-    encoder: Encoder = encoders.get(config["encoder"])(space, **config["options"])
+    encoder: Encoder = encoders.build({"name": config["encoder"], **config["options"]}, space)
     encoder.provenance = dict(config["provenance"])
     if weights is not None:
         encoder.load_state_dict(load_safetensors(weights))

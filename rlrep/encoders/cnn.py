@@ -7,11 +7,8 @@ from gymnasium.spaces import Space
 from torch import Tensor, nn
 
 from rlrep import nets, spaces
-from rlrep.encoders.base import Encoder, encoders
+from rlrep.encoders.base import SMALLEST_PICTURE, Encoder, encoders
 from rlrep.types import SpaceError
-
-SMALLEST = 36
-"""Pixels; below this the third convolution has nothing left to look at."""
 
 
 @encoders.register("nature")
@@ -30,9 +27,10 @@ class Nature(Encoder):
     def __init__(self, observation_space: Space, features_dim: int = 256, width: int = 32) -> None:
         super().__init__(observation_space, features_dim)
         channels, height, width_px = spaces.picture_shape(observation_space)
-        if min(height, width_px) < SMALLEST:
+        if min(height, width_px) < SMALLEST_PICTURE:
             raise SpaceError(
-                f"encoder 'nature' needs pictures of at least {SMALLEST}x{SMALLEST}, not {height}x{width_px}"
+                f"encoder 'nature' needs pictures of at least {SMALLEST_PICTURE}x{SMALLEST_PICTURE}, "
+                f"not {height}x{width_px}; use 'mlp'"
             )
         self._channels_last = spaces.channels_last(observation_space)  # type: ignore[arg-type]
         self.convolutions = nn.Sequential(

@@ -16,12 +16,12 @@ class MLP(Encoder):
     """Flattened observation -> linear layers with ReLU -> features.
 
     Args:
-        observation_space: A vector, integers (one-hot inside), or a small board taken as numbers.
+        observation_space: A vector, integers (one-hot inside), or a small board or picture taken as numbers.
         features_dim: D.
         hidden: Widths of the hidden layers.
     """
 
-    kinds = ("vector", "grid", "tokens")
+    kinds = ("vector", "grid", "tokens", "picture")
 
     def __init__(self, observation_space: Space, features_dim: int = 128, hidden: Sequence[int] = (256,)) -> None:
         super().__init__(observation_space, features_dim)
