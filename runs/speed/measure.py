@@ -6,6 +6,7 @@ Median of five rounds, the two sides alternating within a round; one torch threa
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -112,7 +113,7 @@ def sampling_against_minari(data: Dataset, folder: Path) -> dict[str, tuple[floa
         for episode in data
     ]
     found = {}
-    for backend in ("hdf5", "arrow"):
+    for backend in ("hdf5", "arrow") if importlib.util.find_spec("pyarrow") else ("hdf5",):
         theirs_data = minari.create_dataset_from_buffers(
             f"speed/{backend}-v0",
             buffers,
