@@ -48,6 +48,8 @@ class ATC(Objective):
         super().__init__(encoder, action_space)
         if lag < 1 or anchors < 1:
             raise ValueError(f"atc: lag and anchors must be at least 1, not {lag} and {anchors}")
+        if not 0 < tau <= 1:
+            raise ValueError(f"atc: tau must lie above 0 and not above 1, not {tau}")
         self.span = lag + anchors - 1
         self.lag, self.tau = lag, tau
         self.augment = PictureAugment(encoder.observation_space, shift=shift)

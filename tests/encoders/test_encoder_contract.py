@@ -101,7 +101,12 @@ def test_saved_and_loaded_it_is_the_same(name: str, space: spaces.Space, tmp_pat
     encoder.provenance = {"data": "abc"}
     encoder.save_pretrained(tmp_path / "encoder")
     config = json.loads(json.dumps(encoder.config))
-    for loaded in (load_encoder(tmp_path / "encoder"), Encoder.from_pretrained(tmp_path / "encoder")):
+    # A run folder of pre-training holds the encoder's folder.
+    for loaded in (
+        load_encoder(tmp_path),
+        load_encoder(tmp_path / "encoder"),
+        Encoder.from_pretrained(tmp_path / "encoder"),
+    ):
         assert type(loaded) is type(encoder)
         assert loaded.digest() == encoder.digest()
         assert json.loads(json.dumps(loaded.config)) == config

@@ -213,6 +213,13 @@ def test_bad_specs_say_what_is_wrong(encoder: Encoder, specs: Any, message: str)
         make_objective(specs, encoder, ACTIONS)
 
 
+@pytest.mark.parametrize("name", ["atc", "spr"])
+@pytest.mark.parametrize("tau", [0, 1.5])
+def test_tau_is_a_fraction(encoder: Encoder, name: str, tau: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}: tau must lie above 0 and not above 1, not {tau}"):
+        make_objective(f"{name}:tau={tau}", encoder, ACTIONS)
+
+
 @pytest.mark.parametrize("rarity", [-0.1, 1.5])
 def test_rarity_is_a_power_between_0_and_1(encoder: Encoder, rarity: float) -> None:
     with pytest.raises(ValueError, match="rarity must lie between 0 and 1"):
