@@ -22,26 +22,31 @@ __all__ = ["Registry", "SpecError", "join_spec", "nearest", "split_spec"]
 
 C = TypeVar("C", bound=type)
 
-PLAIN: dict[type, tuple[str, type | tuple[type, ...]]] = {
-    bool: ("true or false", bool),
-    int: ("a whole number", int),
-    float: ("a number", (int, float)),
-    str: ("text", str),
-    tuple: ("a list", (list, tuple)),
+PLAIN: dict[str, tuple[str, tuple[type, ...]]] = {
+    "bool": ("true or false", (bool,)),
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (int, float)),
+    "str": ("text", (str,)),
+    "Sequence": ("a list", (list, tuple)),
+    "None": ("none", (type(None),)),
 }
-"""What an option takes, by the type of its default: in words, and in Python."""
+"""What an option takes, by its annotation: in words, and in Python."""
 
 
 class SpecError(RlrepError, ValueError):
     """A spec names something that does not exist, or sets an option it does not have."""
 
 
-def _suits(value: Any, option: inspect.Parameter) -> bool:
-    """Whether an option can have a value, as far as its default tells; None only where the annotation has it."""
-    default = option.default
-    if type(default) not in PLAIN or (value is None and "None" in str(option.annotation)):
-        return True
-    return isinstance(value, PLAIN[type(default)][1]) and isinstance(value, bool) == isinstance(default, bool)
+def _takes(option: inspect.Parameter) -> list[str]:
+    """Returns the parts of an annotation such as `int | None`, or nothing where one of them is not in `PLAIN`."""
+    annotation = option.annotation
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    parts = [part.partition("[")[0].strip() for part in text.split("|")]
+    return parts if all(part in PLAIN for part in parts) else []
+
+
+def _suits(value: Any, parts: list[str]) -> bool:
+    return any(isinstance(value, PLAIN[part][1]) and isinstance(value, bool) == (part == "bool") for part in parts)
 
 
 class Registry(Generic[C]):
@@ -140,7 +145,7 @@ class Registry(Generic[C]):
             spec: `"atc:lag=3"`, or the same as a mapping `{"name": "atc", "lag": 3}`.
 
         Raises:
-            SpecError: Unknown name or option, or a value that is not of the kind of the option's default.
+            SpecError: Unknown name or option, or a value that the option's annotation does not allow.
         """
         if isinstance(spec, str):
             try:
@@ -160,11 +165,9 @@ class Registry(Generic[C]):
                 )
             if isinstance(value, np.generic):
                 options[key] = value = value.item()
-            if not _suits(value, valid[key]):
-                raise SpecError(
-                    f"option {key!r} of {self.kind} {name!r} is {PLAIN[type(valid[key].default)][0]} such as "
-                    f"{valid[key].default!r}, not {value!r}"
-                )
+            if (parts := _takes(valid[key])) and not _suits(value, parts):
+                words = " or ".join(PLAIN[part][0] for part in parts)
+                raise SpecError(f"option {key!r} of {self.kind} {name!r} is {words}, not {value!r}")
         return name, options
 
     def build(self, spec: str | Mapping[str, Any], *args: Any, **given: Any) -> Any:
