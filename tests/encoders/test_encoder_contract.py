@@ -108,6 +108,7 @@ def test_saved_and_loaded_it_is_the_same(name: str, space: spaces.Space, tmp_pat
         Encoder.from_pretrained(tmp_path / "encoder"),
     ):
         assert type(loaded) is type(encoder)
+        assert not loaded.training
         assert loaded.digest() == encoder.digest()
         assert json.loads(json.dumps(loaded.config)) == config
         assert loaded.observation_space == space
@@ -243,11 +244,26 @@ def test_a_dict_key_may_have_its_own_encoder_and_keeps_it(tmp_path: Path) -> Non
 
 def test_tokens_ignore_the_padding_after_a_sentence() -> None:
     encoder = build("tokens", WORDS)
-    sentence = torch.tensor([[5, 7, 9, 0, 0, 0, 0, 0, 0]])
-    shorter = make_encoder({"name": "tokens", "features_dim": 16}, spaces.Box(0, 40, (5,), np.int64))
-    shorter.load_state_dict(encoder.state_dict())
-    torch.testing.assert_close(shorter(sentence[:, :5]), encoder(sentence))
+    # A bias that would make the padding win every maximum.
+    torch.nn.init.constant_(encoder.convolution.bias, 0.5)
+    with torch.no_grad():
+        encoder.convolution.weight[:, :, 1].abs_().neg_()
+        encoder.embedding.weight[1:].abs_()
+    words = torch.zeros(1, 32, 5)
+    words[0, :, 1:4] = encoder.embedding.weight[[5, 7, 9]].T
+    expected = encoder.head(torch.nn.functional.conv1d(words, *encoder.convolution.parameters()).amax(dim=2).relu())
+    torch.testing.assert_close(encoder(torch.tensor([[5, 7, 9, 0, 0, 0, 0, 0, 0]])), expected)
     assert encoder(torch.zeros(1, 9, dtype=torch.int64)).isfinite().all()
+
+
+@pytest.mark.parametrize("label", ["hwc", "chw", "stacked-grey"])
+def test_pixels_reach_the_first_convolution_as_zero_to_one(label: str) -> None:
+    encoder, seen = build("nature", SPACES[label]), []
+    encoder.convolutions.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    obs = observations(SPACES[label], 2)
+    encoder(obs)
+    channels_first = obs.movedim(-1, 1) if label == "hwc" else obs
+    torch.testing.assert_close(seen[0], torch.from_numpy(channels_first.numpy() / np.float32(255)))
 
 
 def test_a_picture_is_the_same_either_way_round() -> None:
