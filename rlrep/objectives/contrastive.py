@@ -50,8 +50,6 @@ class ATC(Objective):
             raise ValueError(f"atc: lag and anchors must be at least 1, not {lag} and {anchors}")
         if not 0 < tau <= 1:
             raise ValueError(f"atc: tau must lie above 0 and not above 1, not {tau}")
-        if not 0 <= tau <= 1:
-            raise ValueError(f"atc: tau must lie between 0 and 1, not {tau}")
         self.span = lag + anchors - 1
         self.lag, self.tau = lag, tau
         self.augment = PictureAugment(encoder.observation_space, shift=shift)

@@ -46,8 +46,6 @@ class SPR(Objective):
             raise ValueError(f"spr: steps must be at least 1, not {steps}")
         if not 0 < tau <= 1:
             raise ValueError(f"spr: tau must lie above 0 and not above 1, not {tau}")
-        if not 0 <= tau <= 1:
-            raise ValueError(f"spr: tau must lie between 0 and 1, not {tau}")
         self.span, self.tau = steps, tau
         dim = encoder.features_dim
         self.augment = PictureAugment(encoder.observation_space, shift=shift, intensity=intensity)

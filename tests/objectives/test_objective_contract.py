@@ -348,11 +348,3 @@ def test_a_negative_count_is_refused_by_name(name: str, option: str) -> None:
     encoder = make_encoder("grid:features_dim=8", BOARD)
     with pytest.raises(ValueError, match=f"{option}.*must.*-1"):
         make_objective({"name": name, option: -1}, encoder, ACTIONS["discrete"])
-
-
-@pytest.mark.parametrize("tau", [-0.1, 1.5])
-@pytest.mark.parametrize("name", [name for name in NAMES if "tau" in objectives.options(name)])
-def test_a_target_cannot_move_past_the_online_network(name: str, tau: float) -> None:
-    encoder = make_encoder("grid:features_dim=8", BOARD)
-    with pytest.raises(ValueError, match=f"{name}: tau must lie between 0 and 1, not {tau}"):
-        make_objective({"name": name, "tau": tau}, encoder, ACTIONS["discrete"])
