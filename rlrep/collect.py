@@ -46,7 +46,7 @@ PPO_SETTINGS: dict[str, Any] = {
     "n_steps": 128,
     "batch_size": 256,
     "n_epochs": 4,
-    "learning_rate": 3e-4,
+    "learning_rate": 1e-3,
     "gamma": 0.99,
     "gae_lambda": 0.95,
     "ent_coef": 0.01,

@@ -30,6 +30,7 @@ class RND(Bonus):
     """
 
     paper = "Burda et al. 2019, arXiv:1810.12894"
+    epochs = 4
     warmup = 128
 
     def __init__(
