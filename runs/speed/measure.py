@@ -52,10 +52,11 @@ def collecting(folder: Path, obs: str, steps: int = 4_000) -> tuple[float, float
     spec = SPEC.replace("rgb", obs)
     plain = make_vec_env(spec, N_ENVS)
     recorded_envs = make_vec_env(spec, N_ENVS)
-    writer = DatasetWriter(folder / f"collect-{obs}", plain.observation_space, plain.action_space)
+    plain.reset()
+    factors = list(plain.unwrapped.reset_infos[0]["factors"])
+    writer = DatasetWriter(folder / f"collect-{obs}", plain.observation_space, plain.action_space, factor_names=factors)
     recorded = Recorder(recorded_envs, writer)
-    for env in (plain, recorded):
-        env.reset()
+    recorded.reset()
     rng = np.random.default_rng(0)
     actions = rng.integers(0, 7, (steps // N_ENVS, N_ENVS))
 
