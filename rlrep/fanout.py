@@ -10,6 +10,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -252,7 +253,8 @@ class _Ray:
             self._connect(address, n_workers or len(os.sched_getaffinity(0)))
         self.n_cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._function = function
-        options = {"num_cpus": 1, "num_returns": "streaming", "runtime_env": {"env_vars": ONE_THREAD}}
+        environment = ONE_THREAD | {"PYTHONPATH": os.pathsep.join(_own_paths())}
+        options = {"num_cpus": 1, "num_returns": "streaming", "runtime_env": {"env_vars": environment}}
         # A worker is used once, and Ray starts no job again by itself: when it may is decided above, in one place.
         self._task = ray.remote(max_calls=1, max_retries=0, **options)(_stream)
 
@@ -301,6 +303,12 @@ def _stream(function: Callable[[Job, Send], Any], job: Job) -> Iterator[Answer]:
     while not ended:
         ended, content = answers.get()
         yield ended, content
+
+
+def _own_paths() -> list[str]:
+    """Where this process looks for modules beside its installation; a worker looks there too, as a child would."""
+    installed = (sys.prefix, sys.base_prefix)
+    return [os.path.abspath(path) for path in sys.path if not path.startswith(installed)]
 
 
 def _check_reachable(address: str) -> None:

@@ -1,0 +1,140 @@
+"""Jobs on a Ray cluster of two nodes, with workers killed on purpose: nothing but unflushed work is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlrep.fanout import RETRIES, JobFailure, map_jobs
+from rlrep.types import ClusterError
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster of two nodes with a core each."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    yield nodes.address
+    nodes.shutdown()
+
+
+def work(job: dict[str, Any], send: Any) -> Any:
+    """One job of every kind that can happen."""
+    match job["kind"]:
+        case "square":
+            return job["value"] ** 2
+        case "setup":
+            import torch
+
+            threads = torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]
+            return threads, os.getpid(), ray.get_runtime_context().get_node_id()
+        case "raise":
+            raise ValueError("the loss is NaN\nat step 3")
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "sys.exit":
+            sys.exit("gave up")
+        case "unpicklable":
+            return open(os.devnull)  # noqa: SIM115 (it is the point)
+        case "die once":
+            send("hello")
+            before, mark = Path(job["mark"]).exists(), Path(job["mark"])
+            mark.touch()
+            if not before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return "alive"
+        case "meet":
+            # Opening a FIFO for reading waits for its writer, so these two end only when they run side by side.
+            with Path(job["fifo"]).open(job["mode"]) as fifo:
+                fifo.read() if job["mode"] == "r" else fifo.write("hello")
+            return ray.get_runtime_context().get_node_id()
+    return None
+
+
+def test_ray_keeps_the_contract_of_processes(cluster: str, tmp_path: Path) -> None:
+    kinds = ["raise", "kill", "sys.exit", "unpicklable"]
+    jobs = [*({"kind": kind} for kind in kinds), {"kind": "die once", "mark": str(tmp_path / "mark")}]
+    heard: list[Any] = []
+    mapped = map_jobs(work, jobs, 2, ray=cluster, receive=lambda job, message: heard.append(message))
+    found = {job["kind"]: outcome for job, outcome in mapped}
+    assert found.pop("die once") == "alive"
+    assert heard[-1] == "hello"
+    assert len(heard) <= 2, "it was started more often than needed"
+    assert all(isinstance(outcome, JobFailure) for outcome in found.values())
+    assert found["raise"].error == "ValueError: the loss is NaN at step 3"
+    assert 'raise ValueError("the loss is NaN' in found["raise"].traceback
+    assert found["kill"].died
+    assert "died" in found["kill"].error
+    assert found["sys.exit"].error == "SystemExit: gave up"
+    assert "pickle" in found["unpicklable"].error
+    assert not ray.is_initialized(), "the cluster was not left again"
+
+
+def test_workers_are_fresh_have_one_thread_and_use_every_node(cluster: str, tmp_path: Path) -> None:
+    found = [outcome for _, outcome in map_jobs(work, [{"kind": "setup"}] * 2, ray=cluster)]
+    assert [threads for threads, _, _ in found] == [(1, "1", "1")] * 2
+    assert len({pid for _, pid, _ in found}) == 2
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    jobs = [{"kind": "meet", "fifo": str(fifo), "mode": mode} for mode in "rw"]
+    assert len({node for _, node in map_jobs(work, jobs, ray=cluster)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:9", r"no Ray cluster answers at 127\.0\.0\.1:9.*refused.*'local'"),
+        ("ray://127.0.0.1:10001", "ray job submit"),
+        ("somewhere", "use 'local', 'auto' or HOST:PORT"),
+    ],
+)
+def test_an_address_that_leads_nowhere_is_an_error_at_once(address: str, message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        list(map_jobs(work, [{"kind": "square", "value": 2}], 1, ray=address))
+
+
+def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'rlrep\[ray\]'"):
+        list(map_jobs(work, [{"kind": "square", "value": 2}], 1, ray="local"))
+
+
+SCRIPT = """
+    import os, signal, sys
+
+    from rlrep.fanout import map_jobs
+
+
+    def work(job, send):
+        if job["kill"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "done"
+
+
+    if __name__ == "__main__":
+        for _, outcome in map_jobs(work, [{"kill": True}, {"kill": False}], 1, ray="local"):
+            print(getattr(outcome, "died", outcome))
+"""
+
+
+def test_a_local_ray_leaves_nothing_behind_and_stdout_alone(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["True", "done"]
+    assert "sage stat" not in done.stderr
+    assert done.stderr.count("died or was killed") <= RETRIES + 1
