@@ -53,8 +53,8 @@ class CollectCommand:
 class PretrainCommand:
     """Train an encoder on recorded data, without reward."""
 
-    data: Positional[tuple[Path, ...]]
-    """Dataset folders; several are read as one."""
+    data: Positional[tuple[str, ...]]
+    """Dataset folders, or URLs such as s3://bucket/data; several are read as one."""
     settings: Annotated[Pretrain, Flat]
     out: Path
     """Run folder; the encoder ends up in its `encoder/`. The same command resumes it."""
@@ -76,8 +76,8 @@ class FinetuneCommand:
     settings: Annotated[Finetune, Flat]
     out: Path
     """Run folder. The same command runs the jobs that are missing."""
-    encoder: Path | None = None
-    """Folder of a pre-trained encoder, or of the run that trained it."""
+    encoder: str | None = None
+    """Folder or URL of a pre-trained encoder, or of the run that trained it."""
     overwrite: bool = False
     """Start again, throwing away what is in the folder."""
 
@@ -165,7 +165,7 @@ def _options(registry: Any, name: str) -> str:
 class DataInfo:
     """Describe a dataset: spaces, episodes, steps, size, where it came from."""
 
-    data: Positional[tuple[Path, ...]]
+    data: Positional[tuple[str, ...]]
 
     def __call__(self) -> None:
         """Prints the description."""
@@ -179,7 +179,7 @@ class DataInfo:
 class DataVerify:
     """Read a dataset again from end to end, and compare every episode with its digest."""
 
-    data: Positional[Path]
+    data: Positional[str]
 
     def __call__(self) -> int:
         """Prints what is damaged; the exit status is 1 if anything is."""
@@ -192,7 +192,7 @@ class DataVerify:
 class DataMerge:
     """Copy several datasets into one."""
 
-    data: Positional[tuple[Path, ...]]
+    data: Positional[tuple[str, ...]]
     out: Path
 
     def __call__(self) -> None:
@@ -204,7 +204,7 @@ class DataMerge:
 class DataExport:
     """Write a dataset for other libraries, losslessly."""
 
-    data: Positional[Path]
+    data: Positional[str]
     out: str
     """A Minari id such as minigrid/doorkey-v0, or a .npz file."""
     format: Literal["minari", "npz"] = "minari"

@@ -254,7 +254,7 @@ class _Ray:
         self.n_cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._function = function
         environment = ONE_THREAD | {"PYTHONPATH": os.pathsep.join(_own_paths())}
-        options = {"num_cpus": 1, "num_returns": "streaming", "runtime_env": {"env_vars": environment}}
+        options: dict[str, Any] = {"num_cpus": 1, "num_returns": "streaming", "runtime_env": {"env_vars": environment}}
         # A worker is used once, and Ray starts no job again by itself: when it may is decided above, in one place.
         self._task = ray.remote(max_calls=1, max_retries=0, **options)(_stream)
 
@@ -317,8 +317,8 @@ def _check_reachable(address: str) -> None:
         return
     if "://" in address:
         raise ClusterError(
-            f"{address!r} is no address that jobs can be sent to: name HOST:PORT of a cluster that this machine is a "
-            "node of (`ray start --address=HOST:PORT` makes it one), or send the whole command there by `ray job submit`"
+            f"{address!r} is no address that jobs can be sent to: name HOST:PORT of a cluster of which this machine is "
+            "a node (`ray start --address=HOST:PORT` makes it one), or send the whole command there by `ray job submit`"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():

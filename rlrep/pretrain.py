@@ -59,7 +59,7 @@ def pretrain(
     the encoder that is there.
 
     Args:
-        data: A dataset, its folder, or several folders.
+        data: A dataset, its folder or URL, or several.
         out: Run folder: the encoder in `encoder/`, `metrics.jsonl`, TensorBoard logs, a checkpoint while it runs.
         objectives: Objective specs, summed: `["ae", "inverse:weight=0.01"]`. Their losses differ in size: that of
             `ae` on pictures is some hundred times smaller than the others.
@@ -146,8 +146,8 @@ def _open(data: Dataset | str | Path | Sequence[str | Path], frame_stack: int | 
         if frame_stack is None and data.frame_stack > 1:
             return data
     else:
-        paths = [Path(p) for p in ([data] if isinstance(data, str | Path) else data)]
-        data = Dataset(*paths)
+        data = Dataset(*([data] if isinstance(data, str | Path) else data))
+        paths = list(data.paths)
     if frame_stack is None:
         frame_stack = EnvSpec.parse(data.env_spec).frame_stack if data.env_spec else 1
     return data if frame_stack == data.frame_stack else Dataset(*paths, frame_stack=frame_stack)

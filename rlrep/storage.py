@@ -1,11 +1,9 @@
 """Where datasets and encoders are read from: a folder, or a URL of an object store, read through tensorstore.
 
-| URL | store | who reads it |
-|---|---|---|
-| `s3://bucket/path` | S3 and what speaks its language | `AWS_ACCESS_KEY_ID` and so on, or a profile; `AWS_ENDPOINT_URL` |
-| `gs://bucket/path` | Google Cloud Storage | Google's application default credentials |
-| `http://host/path`, `https://host/path` | any web server | |
-| `file:///path`, `memory://path` | this machine, this process | |
+    s3://bucket/path         S3 and what speaks its language: AWS_ACCESS_KEY_ID and so on or a profile, AWS_ENDPOINT_URL
+    gs://bucket/path         Google Cloud Storage, with the application default credentials
+    https://host/path        any web server that answers range requests; also http
+    file:///path             this machine, and memory://path, this process
 
 Nothing is written to a URL: a commit is an atomic rename under a lock, which object stores do not have.
 """
@@ -56,7 +54,8 @@ class Url:
         try:
             found: dict[str, Any] = ts.KvStore.Spec(f"{self.text.rstrip('/')}/").to_json()
         except ValueError as error:
-            raise OSError(f"{self.text} is no URL of a folder: {_first_line(error).rpartition(': ')[2]}") from error
+            reason = _first_line(error).rpartition('": ')[2]
+            raise OSError(f"{self.text} is no URL of a folder: {reason}") from error
         if found["driver"] == "s3":
             if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
                 found["endpoint"] = endpoint
@@ -108,8 +107,9 @@ def locate(place: str | Path | Url) -> Path | Url:
 def check_local(path: Path) -> None:
     """Raises OSError where a path that is to be written to was meant as a URL."""
     if re.match(r"[a-z0-9]{2,}:/", str(path)):
+        url = str(path).replace(":/", "://", 1)
         raise OSError(
-            f"{path} is a URL, and rlrep writes to folders of a file system only: write to one, and copy it up when it "
+            f"{url} is a URL, and rlrep writes to folders of a file system only: write to one, and copy it up when it "
             "is finished, for example with `aws s3 cp --recursive`. Reading from a URL works"
         )
 
@@ -138,6 +138,8 @@ def explain(error: Exception, what: str) -> str:
         reason = "no credentials were found; for s3, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
     elif "CURL error" in text:
         reason = f"the store cannot be reached: {text.partition('CURL error ')[2].partition(' [')[0]}"
+    elif "Requested byte range" in text:
+        reason = "the web server does not answer range requests"
     else:
         reason = _first_line(error)
     return f"{what} cannot be read: {reason}"
