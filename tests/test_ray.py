@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from test_workers import SPEC, collect_with_a_kill
 
+import rlrep
+from rlrep import fanout
 from rlrep.fanout import RETRIES, JobFailure, map_jobs
+from rlrep.runs import read_jsonl
 from rlrep.types import ClusterError
 
 ray = pytest.importorskip("ray")
@@ -36,11 +41,6 @@ def work(job: dict[str, Any], send: Any) -> Any:
     match job["kind"]:
         case "square":
             return job["value"] ** 2
-        case "setup":
-            import torch
-
-            threads = torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]
-            return threads, os.getpid(), ray.get_runtime_context().get_node_id()
         case "raise":
             raise ValueError("the loss is NaN\nat step 3")
         case "kill":
@@ -60,11 +60,13 @@ def work(job: dict[str, Any], send: Any) -> Any:
             # Opening a FIFO for reading waits for its writer, so these two end only when they run side by side.
             with Path(job["fifo"]).open(job["mode"]) as fifo:
                 fifo.read() if job["mode"] == "r" else fifo.write("hello")
-            return ray.get_runtime_context().get_node_id()
+            threads = torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]
+            return threads, ray.get_runtime_context().get_node_id()
     return None
 
 
-def test_ray_keeps_the_contract_of_processes(cluster: str, tmp_path: Path) -> None:
+def test_ray_keeps_the_contract_of_processes(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fanout, "RETRIES", 1)
     kinds = ["raise", "kill", "sys.exit", "unpicklable"]
     jobs = [*({"kind": kind} for kind in kinds), {"kind": "die once", "mark": str(tmp_path / "mark")}]
     heard: list[Any] = []
@@ -83,14 +85,24 @@ def test_ray_keeps_the_contract_of_processes(cluster: str, tmp_path: Path) -> No
     assert not ray.is_initialized(), "the cluster was not left again"
 
 
-def test_workers_are_fresh_have_one_thread_and_use_every_node(cluster: str, tmp_path: Path) -> None:
-    found = [outcome for _, outcome in map_jobs(work, [{"kind": "setup"}] * 2, ray=cluster)]
-    assert [threads for threads, _, _ in found] == [(1, "1", "1")] * 2
-    assert len({pid for _, pid, _ in found}) == 2
+def test_workers_have_one_thread_and_are_on_every_node(cluster: str, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     jobs = [{"kind": "meet", "fifo": str(fifo), "mode": mode} for mode in "rw"]
-    assert len({node for _, node in map_jobs(work, jobs, ray=cluster)}) == 2
+    found = [outcome for _, outcome in map_jobs(work, jobs, ray=cluster)]
+    assert [threads for threads, _ in found] == [(1, "1", "1")] * 2
+    assert len({node for _, node in found}) == 2
+
+
+def test_a_killed_collector_is_started_again(cluster: str, tmp_path: Path) -> None:
+    collect_with_a_kill(tmp_path / "data", ray=cluster)
+
+
+def test_scores_come_home(cluster: str, tmp_path: Path) -> None:
+    small = {"steps": 64, "n_envs": 2, "eval_every": 32, "eval_episodes": 1, "seeds": (0,)}
+    settings = {"n_steps": 16, "batch_size": 16, "n_epochs": 1}
+    out = rlrep.finetune(SPEC, out=tmp_path / "run", arms=["scratch"], settings=settings, ray=cluster, **small)
+    assert [(row["steps"], row["last"]) for row in read_jsonl(out / "scores.jsonl")] == [(32, False), (64, True)]
 
 
 @pytest.mark.parametrize(
