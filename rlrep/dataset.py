@@ -833,6 +833,23 @@ class _Store:
                 out.append(read.result())
         return out
 
+    def _read_into(self, name: str, lo: np.ndarray, hi: np.ndarray, out: np.ndarray) -> None:
+        """Reads the rows from each `lo` to before its `hi` to a line of `out`, and repeats the last one to its end."""
+        which = np.searchsorted(self.offsets, lo, side="right") - 1
+        lengths = hi - lo
+        reads = [
+            # Decoded to where they belong, without an array in between.
+            (folder, ts.array(line[:n]).write(self.folders[folder].array(name)[a : a + n]))
+            for line, folder, a, n in zip(
+                out, which.tolist(), (lo - self.offsets[which]).tolist(), lengths.tolist(), strict=True
+            )
+        ]
+        for folder, read in reads:
+            with _reading(self.folders[folder].path, name):
+                read.result()
+        for i in np.flatnonzero(lengths < out.shape[1]).tolist():
+            out[i, lengths[i] :] = out[i, lengths[i] - 1]
+
     def gather(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Returns the rows (B, ...) of a column as (B, ..., *shape); those of one line lie close together."""
         column = self.held(name)
@@ -840,6 +857,11 @@ class _Store:
             return np.take(column, rows, axis=0)
         dtype, shape = self.dtype_and_shape(name)
         out = np.empty((*rows.shape, *shape), dtype=dtype)
+        if rows.ndim == 2 and rows.shape[1] > 1:
+            consecutive = np.minimum(rows[:, :1] + np.arange(rows.shape[1]), rows[:, -1:])
+            if np.array_equal(rows, consecutive):
+                self._read_into(name, rows[:, 0], rows[:, -1] + 1, out)
+                return out
         lines = rows.reshape(len(rows), -1)
         lo, hi = lines.min(axis=1), lines.max(axis=1) + 1
         # Lines that go on where the one before ended are read as one, up to a block of rows inside one folder.
