@@ -24,8 +24,9 @@ from rlrep.explore import explorers
 from rlrep.finetune import finetune
 from rlrep.objectives import objectives
 from rlrep.pretrain import pretrain
-from rlrep.recipe import Collect, Finetune, Pretrain, Recipe, load_recipe, run
+from rlrep.recipe import Collect, Finetune, Pretrain, Recipe, load_recipe, on_ray, run, sweep
 from rlrep.sb3 import PAPERS, algorithms
+from rlrep.settings import read_value
 from rlrep.types import RlrepError
 
 Flat = arg(name="")
@@ -114,14 +115,31 @@ class RunCommand:
     """A folder that holds recipe.yaml, or the file."""
     settings: Annotated[Recipe, Flat]
     out: Path | None = None
-    """Where results go; `out` beside the recipe unless given."""
+    """Where results go; `out` beside the recipe unless given, or `sweep` of a sweep."""
     overwrite: bool = False
     """Do every stage again."""
+    sweep: tuple[str, ...] = ()
+    """Settings with several values, such as pretrain.objectives=[ae],[spr]: runs every combination, side by side."""
+    ray: str | None = None
+    """Run jobs on Ray: `local`, or the address of a cluster (HOST:PORT, auto)."""
 
     def __call__(self) -> None:
         """Runs the recipe."""
         folder = self.recipe if self.recipe.is_dir() else self.recipe.parent
-        run(self.settings, self.out or folder / "out", overwrite=self.overwrite)
+        if self.sweep:
+            values = dict(map(_swept, self.sweep))
+            sweep(self.settings, values, self.out or folder / "sweep", ray=self.ray, overwrite=self.overwrite)
+        else:
+            recipe = on_ray(self.settings, self.ray) if self.ray else self.settings
+            run(recipe, self.out or folder / "out", overwrite=self.overwrite)
+
+
+def _swept(text: str) -> tuple[str, list[Any]]:
+    """Reads `key=value,value`, the values as in YAML."""
+    key, _, values = text.partition("=")
+    if not key or not values:
+        raise ValueError(f"--sweep takes SETTING=VALUE,VALUE such as pretrain.updates=500,1000, not {text!r}")
+    return key, read_value(f"[{values}]")
 
 
 @dataclasses.dataclass(frozen=True)
