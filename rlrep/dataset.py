@@ -837,13 +837,13 @@ class _Store:
         """Reads the rows from each `lo` to before its `hi` to a line of `out`, and repeats the last one to its end."""
         which = np.searchsorted(self.offsets, lo, side="right") - 1
         lengths = hi - lo
-        reads = [
-            # Decoded to where they belong, without an array in between.
-            (folder, ts.array(line[:n]).write(self.folders[folder].array(name)[a : a + n]))
-            for line, folder, a, n in zip(
-                out, which.tolist(), (lo - self.offsets[which]).tolist(), lengths.tolist(), strict=True
-            )
-        ]
+        begin = (lo - self.offsets[which]).tolist()
+        # Decoded to where they belong, without an array in between; neighbours in a file are fetched together.
+        with ts.Batch() as batch:
+            reads = [
+                (folder, ts.array(line[:n]).write(self.folders[folder].array(name)[a : a + n], batch=batch))
+                for line, folder, a, n in zip(out, which.tolist(), begin, lengths.tolist(), strict=True)
+            ]
         for folder, read in reads:
             with _reading(self.folders[folder].path, name):
                 read.result()
