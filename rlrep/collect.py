@@ -795,9 +795,9 @@ class _Session:
             runs.trim_jsonl(self.folder / METRICS, lambda row: row["steps"] <= self.before)
         self._next = self.checkpoint_every
         self.quiet = follow is not None
-        shown = {"desc": "collect", "unit": "step", "unit_scale": True}
-        bar = {"total": steps, "initial": self.before, "mininterval": 0.5}
-        self._bar = tqdm(**bar, **shown) if follow is None else _ToldBar(follow, **bar)
+        bar: dict[str, Any] = {"total": steps, "initial": self.before, "desc": "collect", "mininterval": 0.5}
+        bar |= {"unit": "step", "unit_scale": True}
+        self._bar = tqdm(**bar) if follow is None else _ToldBar(follow, **bar)
         self._interrupted = interrupted
         self._started = time.perf_counter()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -143,20 +144,20 @@ def sweep(
     cores = n_workers or len(os.sched_getaffinity(0))
     inner = {"finetune.ray": ray, "finetune.n_workers": None if ray else max(1, cores // len(named))}
     for name, each in named.items():
-        text = dump_yaml(each)
-        runs.write_atomically(out / name / RECIPE, lambda path, text=text: path.write_text(text))
+        runs.write_atomically(out / name / RECIPE, functools.partial(Path.write_text, data=dump_yaml(each)))
     jobs = [{"out": out / name, "inner": inner, "data": data, "overwrite": overwrite} for name in named]
-    failures = []
+    done, failures = [], []
     with tqdm(total=len(jobs), desc="sweep", unit="recipe") as bar:
         for job, outcome in map_jobs(_run_job, jobs, n_workers, ray=ray):
             bar.update()
             if isinstance(outcome, JobFailure):
                 failures.append(f"{job['out'].name}: {outcome.error}")
                 tqdm.write(f"{failures[-1]} (see {job['out'] / LOG})", file=sys.stderr)
-                jobs.remove(job)
-    if not jobs:
+            else:
+                done.append(job["out"] / "finetune")
+    if not done:
         raise RunError(f"every recipe of the sweep failed; the first: {failures[0]}")
-    summary = report([job["out"] / "finetune" for job in jobs], out=out)
+    summary = report(sorted(done), out=out)
     if failures:
         raise RunError(f"{len(failures)} of {len(named)} recipes failed: {'; '.join(failures)}")
     return summary
