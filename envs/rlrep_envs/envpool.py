@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +37,8 @@ def make_pool(spec: EnvSpec, n_envs: int, factors: bool) -> EnvPoolVecEnv:
         raise ValueError(f"envpool has no environment called {spec.id!r}.{hint} Others need backend=python")
     if spec.distraction is not None:
         raise ValueError(f"distraction={spec.distraction} is not there with backend=envpool; use backend=python")
+    if spec.obs == "rgb_full":
+        raise ValueError("obs=rgb_full is not there with backend=envpool; use obs=rgb, or backend=python")
     if spec.is_minigrid:
         from rlrep_envs.envpool_minigrid import MiniGridPool
 
@@ -52,7 +55,7 @@ class EnvPoolVecEnv(VecEnv):
 
     envpool resets an environment on the step after its last; here that happens in the same step, and the last
     observation, `TimeLimit.truncated` and Monitor's `episode` are in its info. Where a step both ends an episode and
-    reaches the step limit, envpool says only the latter; here the limit is kept outside the pool, so that both are known.
+    reaches the step limit, envpool says only the latter; here the limit is kept outside the pool, and both are known.
     Pictures are channels-last. Infos of environments that did not end are empty.
 
     envpool fixes the seeds when a pool is made, so seeding makes another one at the next reset.
@@ -78,7 +81,7 @@ class EnvPoolVecEnv(VecEnv):
         if self._limit is not None:
             self._config["max_episode_steps"] = self._limit + 1
         self._at = {name: i for i, name in enumerate(made.state_array_spec)}
-        *_, (action_name, action) = made.action_array_spec.items()
+        *_, action = made.action_array_spec.values()
         if len(made.action_array_spec) != 3 or made.config.max_num_players != 1:
             raise ValueError(f"{spec.id} takes several actions at once, which Stable-Baselines3 does not know")
         self._action_type = action.dtype
@@ -98,7 +101,10 @@ class EnvPoolVecEnv(VecEnv):
 
     def _spaces(self, made: Any) -> tuple[spaces.Space, spaces.Space]:
         """Returns the spaces of `_observe`'s observations and of the actions."""
-        native = made.observation_space
+        with warnings.catch_warnings():
+            # It writes the bounds of single precision in double.
+            warnings.filterwarnings("ignore", ".*precision lowered")
+            native = made.observation_space
         keys = [name for name in self._at if name.startswith("obs")]
         parts = native.spaces if isinstance(native, spaces.Dict) else {"": native}
         adapted = {key: _adapt(part, self.spec.id) for key, part in parts.items()}
@@ -143,9 +149,7 @@ class EnvPoolVecEnv(VecEnv):
             self._waiting = False
         if self._seeds[0] is not None:
             seeds = [int(seed or 0) % 2**31 for seed in self._seeds]
-            self._pool = registry().make_gymnasium(
-                self.spec.id, num_envs=self.num_envs, env_seed=seeds, **self._config
-            )
+            self._pool = registry().make_gymnasium(self.spec.id, num_envs=self.num_envs, env_seed=seeds, **self._config)
         self._reset_seeds()
         self._reset_options()
         self._pool._reset(self._ids)
@@ -227,7 +231,7 @@ class EnvPoolVecEnv(VecEnv):
             for key, part in obs.items():
                 part[ids] = fresh[key]
         else:
-            obs[ids] = fresh  # type: ignore[index, call-overload]
+            obs[ids] = fresh  # type: ignore[index, assignment]
 
     def close(self) -> None:
         """Ends the pool's threads."""
@@ -264,7 +268,7 @@ def registry() -> Any:
         from envpool.registration import registry as found
     except ImportError as error:
         hint = "pip install 'rlrep[envpool]'"
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "envpool"
+        missing = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == "envpool"
         reason = "is not installed" if missing else f"cannot be loaded: {error}"
         raise ImportError(f"backend=envpool needs envpool, which {reason} ({hint})") from error
     return found
@@ -310,13 +314,13 @@ def _adapt(space: spaces.Space, id: str) -> tuple[spaces.Space, Callable[[np.nda
         return channels_last, lambda x: np.ascontiguousarray(np.moveaxis(x, 1, -1))
     if np.issubdtype(space.dtype, np.floating):
         # envpool gives the least positive and the greatest number where there is no bound.
-        limits = np.finfo(space.dtype)  # type: ignore[arg-type]
+        limits = np.finfo(space.dtype)
         low = np.where((space.low == limits.tiny) | (space.low == limits.min), -np.inf, space.low)
         high = np.where(space.high == limits.max, np.inf, space.high)
-        space = spaces.Box(low, high, dtype=space.dtype.type)  # type: ignore[union-attr]
+        space = spaces.Box(low, high, dtype=space.dtype.type)
     return space, lambda x: x
 
 
 def _row(obs: VecEnvObs, i: int) -> Any:
     """Returns a copy of one environment's observation."""
-    return {key: part[i].copy() for key, part in obs.items()} if isinstance(obs, dict) else obs[i].copy()  # type: ignore[union-attr, call-overload]
+    return {key: part[i].copy() for key, part in obs.items()} if isinstance(obs, dict) else obs[i].copy()

@@ -50,9 +50,9 @@ _EMPTY = OBJECT_TO_IDX["empty"] * _PLACES[0]
 _BEYOND = OBJECT_TO_IDX["wall"] * _PLACES[0] + COLOR_TO_IDX["grey"] * _STATES
 _HELD = np.where(_SYMBOLS == _EMPTY, 0, _OBJECT)
 _HELD_COLOR = np.where(_SYMBOLS == _EMPTY, -1, _COLOR)
-_IS_KEY, _IS_BOX, _IS_DOOR = (_OBJECT == OBJECT_TO_IDX[kind] for kind in ("key", "box", "door"))
-_IS_SOLID = _IS_DOOR | (_OBJECT == OBJECT_TO_IDX["wall"])
-_IS_OPEN, _IS_LOCKED = ((_IS_DOOR & (_STATE == STATE_TO_IDX[state])).astype(np.int64) for state in ("open", "locked"))
+_IS_KEY, _IS_BOX, _IS_DOOR = (OBJECT_TO_IDX[kind] == _OBJECT for kind in ("key", "box", "door"))
+_IS_SOLID = _IS_DOOR | (OBJECT_TO_IDX["wall"] == _OBJECT)
+_IS_OPEN, _IS_LOCKED = ((_IS_DOOR & (STATE_TO_IDX[state] == _STATE)).astype(np.int64) for state in ("open", "locked"))
 
 
 class MiniGridPool(EnvPoolVecEnv):
@@ -146,8 +146,8 @@ class MiniGridPool(EnvPoolVecEnv):
 class Boards:
     """Whole boards of N environments, and the factors that `rlrep_envs.minigrid.Factors` describes.
 
-    A board is read once an episode. From then on it is followed by what its agent sees: an agent always sees the cell in
-    front of it, and changes no other.
+    A board is read once an episode. From then on it is followed by what its agent sees: an agent always sees the cell
+    in front of it, and changes no other.
 
     Args:
         n: How many boards.
