@@ -165,11 +165,10 @@ class EnvPoolVecEnv(VecEnv):
             ValueError: An action that does not exist; envpool would end the process.
         """
         space = self.action_space
-        if isinstance(space, spaces.Discrete):
-            actions = np.asarray(actions)
-            if actions.min() < space.start or actions.max() >= space.start + space.n:
-                raise ValueError(f"actions of {self.spec.id} are in {space}, and these were {actions.tolist()}")
         self._actions = np.ascontiguousarray(actions, self._action_type)
+        # Below the first action, an unsigned number is a large one.
+        if isinstance(space, spaces.Discrete) and (self._actions - space.start).view(np.uint32).max() >= space.n:
+            raise ValueError(f"actions of {self.spec.id} are in {space}, and these were {np.asarray(actions).tolist()}")
         # The underscored methods are what envpool's own wrappers call, which cost as much again as half a step.
         self._pool._send([self._ids, self._ids, self._actions])
         self._waiting = True

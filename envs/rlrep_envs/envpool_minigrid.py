@@ -48,8 +48,7 @@ _OBJECT, _COLOR, _STATE = _SYMBOLS // _PLACES[0], _SYMBOLS // _STATES % _COLORS,
 
 _EMPTY = OBJECT_TO_IDX["empty"] * _PLACES[0]
 _BEYOND = OBJECT_TO_IDX["wall"] * _PLACES[0] + COLOR_TO_IDX["grey"] * _STATES
-_HELD = np.where(_SYMBOLS == _EMPTY, 0, _OBJECT)
-_HELD_COLOR = np.where(_SYMBOLS == _EMPTY, -1, _COLOR)
+_HELD = np.where(_SYMBOLS == _EMPTY, [[0], [-1]], [_OBJECT, _COLOR])
 _IS_KEY, _IS_BOX, _IS_DOOR = (OBJECT_TO_IDX[kind] == _OBJECT for kind in ("key", "box", "door"))
 _IS_SOLID = _IS_DOOR | (OBJECT_TO_IDX["wall"] == _OBJECT)
 _IS_OPEN, _IS_LOCKED = ((_IS_DOOR & (STATE_TO_IDX[state] == _STATE)).astype(np.int64) for state in ("open", "locked"))
@@ -114,8 +113,8 @@ class MiniGridPool(EnvPoolVecEnv):
 
     def _rewards(self, state: list[np.ndarray]) -> np.ndarray:
         rewards = super()._rewards(state)
-        won = np.flatnonzero(rewards > 0)
-        if len(won):
+        if rewards.max() > 0:
+            won = np.flatnonzero(rewards > 0)
             # The pool's limit is another, and its arithmetic is in single precision.
             limits = self._limit or [board.max_steps for board in self._pool._debug_states(won)]
             rewards[won] = 1 - 0.9 * (state[self._at["elapsed_step"]][won] / limits)
@@ -158,8 +157,10 @@ class Boards:
 
     def __init__(self, n: int) -> None:
         names = ("agent_x", "agent_y", "agent_dir", "carrying", "carrying_color", "doors_open", "doors_locked")
-        self.factors = {name: np.zeros(n, np.int64) for name in (*names, "key_x", "key_y", "room")}
-        self._key, self._hidden = np.zeros(n, np.int64), np.zeros(n, bool)
+        self._found = np.zeros((len(names) + 3, n), np.int64)
+        self.factors = dict(zip((*names, "key_x", "key_y", "room"), self._found, strict=True))
+        self._key, self._hidden = [self._NONE] * n, [False] * n
+        """The cell of each board's key, or of the box that it is hidden in."""
         self._cells = self._rooms = np.zeros(0)
 
     def _lay_out(self, width: int, height: int) -> None:
@@ -188,16 +189,12 @@ class Boards:
         found["room"][ids] = 0
         found["doors_open"][ids] = _IS_OPEN[symbols].sum(axis=(1, 2))
         found["doors_locked"][ids] = _IS_LOCKED[symbols].sum(axis=(1, 2))
-        self._key[ids], self._hidden[ids] = self._first(ids, _IS_KEY[symbols]), False
-        boxes = _IS_BOX[symbols].any(axis=(1, 2))
-        for j in np.flatnonzero(self._key[ids] == self._NONE):
-            if boards[j].carrying_type == OBJECT_TO_IDX["key"]:
-                self._key[ids[j]] = self._TAKEN
-            elif boxes[j]:
-                inside = np.frombuffer(bytes(boards[j].grid_contains), np.uint8).reshape(1, width, height, 3)
-                self._key[ids[j]] = self._first(ids[[j]], inside[..., 0] == OBJECT_TO_IDX["key"])[0]
-                self._hidden[ids[j]] = True
-        self._note_keys(ids)
+        keys = self._first(ids, _IS_KEY[symbols])
+        for j, i in enumerate(ids.tolist()):
+            self._key[i], self._hidden[i] = int(keys[j]), False
+            if keys[j] == self._NONE:
+                self._find_hidden(i, boards[j], symbols[j])
+            self._note_key(i)
         self._look(ids, image, position, direction)
 
     def advance(self, image: np.ndarray, position: np.ndarray, direction: np.ndarray) -> None:
@@ -215,10 +212,9 @@ class Boards:
         front, held = (image[:, v // 2, v - 2 :] @ _PLACES).T
         cell = self._origin[ids] + position @ self._strides
         room = self._rooms.take(cell)
-        found = self.factors
-        found["agent_x"][ids], found["agent_y"][ids], found["agent_dir"][ids] = *position.T, direction
-        found["carrying"][ids], found["carrying_color"][ids] = _HELD.take(held), _HELD_COLOR.take(held)
-        found["room"][ids] = np.where(room >= 0, room, found["room"][ids])
+        self._found[:2, ids], self._found[2, ids] = position.T, direction
+        self._found[3:5, ids] = _HELD.take(held, axis=1)
+        self._found[-1, ids] = np.where(room >= 0, room, self._found[-1, ids])
         return cell + self._forward.take(direction), front
 
     def _change(self, ids: np.ndarray, ahead: np.ndarray, front: np.ndarray) -> None:
@@ -226,21 +222,36 @@ class Boards:
         found = self.factors
         before = self._cells.take(ahead)
         self._cells.put(ahead, front)
-        found["doors_open"][ids] += _IS_OPEN.take(front) - _IS_OPEN.take(before)
-        found["doors_locked"][ids] += _IS_LOCKED.take(front) - _IS_LOCKED.take(before)
-        key, empty_handed = self._key[ids], found["carrying"][ids] == 0
-        taken = (key == ahead) & (front == _EMPTY) & ~empty_handed
-        # A box with the key in it either was taken or is no more.
-        self._hidden[ids] &= taken | (key != ahead)
-        dropped = (key == self._TAKEN) & empty_handed
-        self._key[ids] = np.where(taken, self._TAKEN, np.where(dropped, ahead, key))
-        self._note_keys(ids)
+        # Few have changed at a time, so that a loop is faster than arrays.
+        for i, cell, old, new in zip(ids.tolist(), ahead.tolist(), before.tolist(), front.tolist(), strict=True):
+            if _IS_DOOR[old]:
+                found["doors_open"][i] += _IS_OPEN[new] - _IS_OPEN[old]
+                found["doors_locked"][i] += _IS_LOCKED[new] - _IS_LOCKED[old]
+            elif self._key[i] == cell:
+                if new == _EMPTY:
+                    self._key[i] = self._TAKEN
+                else:
+                    # The key was in the box that was here.
+                    self._hidden[i] = False
+                self._note_key(i)
+            elif self._key[i] == self._TAKEN and found["carrying"][i] == 0:
+                self._key[i] = cell
+                self._note_key(i)
 
-    def _note_keys(self, ids: np.ndarray) -> None:
-        key = self._key[ids]
-        x, y = np.divmod(key - self._origin[ids], self._column)
-        shown = (key >= 0) & ~self._hidden[ids]
-        self.factors["key_x"][ids], self.factors["key_y"][ids] = np.where(shown, x, -1), np.where(shown, y, -1)
+    def _note_key(self, i: int) -> None:
+        x, y = -1, -1
+        if self._key[i] >= 0 and not self._hidden[i]:
+            x, y = divmod(self._key[i] - int(self._origin[i]), self._column)
+        self.factors["key_x"][i], self.factors["key_y"][i] = x, y
+
+    def _find_hidden(self, i: int, board: Any, symbols: np.ndarray) -> None:
+        """Looks for a key in the agent's hands and, after that, in boxes."""
+        if board.carrying_type == OBJECT_TO_IDX["key"]:
+            self._key[i] = self._TAKEN
+        elif _IS_BOX[symbols].any():
+            inside = np.frombuffer(bytes(board.grid_contains), np.uint8).reshape(1, *symbols.shape, 3)
+            self._key[i] = int(self._first(np.array([i]), inside[..., 0] == OBJECT_TO_IDX["key"])[0])
+            self._hidden[i] = self._key[i] != self._NONE
 
     def _first(self, ids: np.ndarray, where: np.ndarray) -> np.ndarray:
         """Returns the cell that is first in reading order on each board where it is true, or `_NONE`."""
