@@ -55,7 +55,7 @@ from gymnasium.spaces import Space
 
 from rlrep.runs import lock, provenance, read_json, write_json
 from rlrep.spaces import from_json, kind, leaves, to_json
-from rlrep.types import Batch, DatasetError, Episode, RunError, Tree
+from rlrep.types import Batch, DatasetError, Episode, RunError, Tree, tree_map
 
 __all__ = ["Dataset", "DatasetWriter", "Verification", "verify"]
 
@@ -850,6 +850,7 @@ class Dataset:
         self.env_spec: Any = meta["env_spec"]
         """What makes the environment, as it was given to the writer."""
         self.factor_names: list[str] = meta["factors"]
+        self._resident: dict[str, torch.Tensor] = {}
         self._view(np.arange(len(self._store.table["start"])))
 
     def _view(self, episodes: np.ndarray) -> None:
@@ -944,6 +945,27 @@ class Dataset:
         view.frame_stack, view.observation_space = frame_stack, _stack(self._raw_space, frame_stack)
         return view
 
+    def on(self, device: torch.device | str, budget: int) -> Dataset:
+        """Returns this view with its actions and observations in the memory of `device`, where `sample` gathers them.
+
+        Args:
+            device: A GPU: there a batch is gathered as fast as it is used, and nothing is copied for it.
+            budget: Bytes that they may take there; if they take more, this view itself is returned.
+        """
+        names = list(_columns(self._raw_space, self.action_space))
+        if sum(map(self._store.nbytes, names)) > budget:
+            return self
+        view = self.select(np.arange(self.n_episodes))
+        n_rows = int(self._store.offsets[-1])
+        for name in names:
+            dtype, shape = self._store.dtype_and_shape(name)
+            column = torch.empty((n_rows, *shape), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device)
+            for lo in range(0, n_rows, BLOCK_ROWS):
+                rows = np.arange(lo, min(lo + BLOCK_ROWS, n_rows))[:, None]
+                column[lo : lo + len(rows)] = torch.from_numpy(self._store.gather(name, rows)[:, 0]).to(device)
+            view._resident = {**view._resident, name: column}
+        return view
+
     def split(self, held_out: float, rng: np.random.Generator) -> tuple[Dataset, Dataset]:
         """Splits by whole episodes, at random.
 
@@ -991,16 +1013,23 @@ class Dataset:
         now = rows[:, :-1]
         ended = self._store.terminated[self._episodes[episode]][:, None]
         # Small columns first: they are the ones to hold in memory when not all fit.
-        action = self._store.gather("action", now)
+        action = self._gather("action", now)
         return Batch(
-            obs=self._observations(rows, start, torch.from_numpy),
-            action=torch.from_numpy(action),
+            obs=tree_map(torch.as_tensor, self._observations(rows, start, self._gather)),
+            action=torch.as_tensor(action),
             terminated=torch.from_numpy(ended & (now == last - 1)),
             mask=torch.from_numpy(now < last),
             first=torch.from_numpy(now == start),
         )
 
-    def _observations(self, rows: np.ndarray, start: np.ndarray, convert: Callable[[np.ndarray], Any]) -> Tree:
+    def _gather(self, name: str, rows: np.ndarray) -> np.ndarray | torch.Tensor:
+        """Returns the store rows (B, ...) of a column as (B, ..., *shape), on the device if it is there."""
+        if name not in self._resident:
+            return self._store.gather(name, rows)
+        column = self._resident[name]
+        return column[torch.from_numpy(rows).to(column.device)]
+
+    def _observations(self, rows: np.ndarray, start: np.ndarray, gather: Callable[[str, np.ndarray], Any]) -> Tree:
         """Returns the observations at store rows (B, T) as (B, T, *obs_shape), stacked; `start` (B, 1)."""
         parts = {
             name: space for name, space in _columns(self._raw_space, self.action_space).items() if name != "action"
@@ -1008,11 +1037,10 @@ class Dataset:
         found = {}
         for name in sorted(parts, key=self._store.nbytes):
             if self.frame_stack == 1 or not _stackable(name, parts[name]):
-                found[name] = convert(self._store.gather(name, rows))
+                found[name] = gather(name, rows)
             else:
                 back = np.arange(1 - self.frame_stack, 1)
-                frames = self._store.gather(name, np.maximum(rows[:, :, None] + back, start[:, :, None]))
-                found[name] = convert(_interleave(frames))
+                found[name] = _interleave(gather(name, np.maximum(rows[:, :, None] + back, start[:, :, None])))
         return build_obs(self._raw_space, found.__getitem__)
 
     def episode(self, index: int) -> Episode:
@@ -1053,7 +1081,8 @@ class Dataset:
         start = self._start[episode]
         rows = start + rows - (self._row_ends - self._length - 1)[episode]
         if name == "obs":
-            return self._observations(rows[:, None], start[:, None], lambda found: found[:, 0])
+            found = self._observations(rows[:, None], start[:, None], self._store.gather)
+            return tree_map(lambda leaf: leaf[:, 0], found)
         return self._store.gather(name, rows[:, None])[:, 0]
 
     def factors(self, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -1065,8 +1094,10 @@ class Dataset:
         return self.column("obs", rng.integers(self.n_observations, size=n))
 
 
-def _interleave(frames: np.ndarray) -> np.ndarray:
+def _interleave(frames: Any) -> Any:
     """Concatenates (B, T, k, *shape) along the last axis of the shape: (B, T, *shape[:-1], k * shape[-1])."""
+    if isinstance(frames, torch.Tensor):
+        return frames.movedim(2, -2).flatten(-2)
     # The last axis is moved as one opaque item: twice as fast as a strided copy of its numbers.
     item = np.dtype((np.void, frames.shape[-1] * frames.dtype.itemsize))
     out = np.empty((*frames.shape[:2], *frames.shape[3:-1], frames.shape[2]), dtype=item)
