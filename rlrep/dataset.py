@@ -1038,6 +1038,22 @@ class Dataset:
 
     # -- reading
 
+    def check_room(self, batch_size: int, span: int) -> None:
+        """Checks that two batches, one in use and one being read, fit the budget where the data itself does not.
+
+        Raises:
+            DatasetError: They do not.
+        """
+        names = list(_columns(self._raw_space, self.action_space))
+        data = sum(map(self._store.nbytes, names))
+        frames = batch_size * (span + 1) * self.frame_stack
+        batches = 2 * frames * data // int(self._store.offsets[-1])
+        if min(data, batches) > self.budget:
+            raise DatasetError(
+                f"a budget of {self.budget / 1e6:.1f} MB is too small: two batches of {batch_size} segments of "
+                f"{span + 1} observations take {batches / 1e6:.1f} MB, and the data {data / 1e6:.1f} MB"
+            )
+
     def sample(self, batch_size: int, span: int, rng: np.random.Generator, share: tuple[int, int] = (0, 1)) -> Batch:
         """Returns random segments of `span` transitions; every transition is equally likely to be a first step.
 

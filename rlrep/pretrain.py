@@ -92,7 +92,8 @@ def pretrain(
 
     Raises:
         SpecError: Unknown objective, encoder or option.
-        DatasetError: The data is missing, damaged, empty, or has too few episodes to hold any out.
+        DatasetError: The data is missing, damaged, empty, has too few episodes to hold any out, or `budget` is too
+            small for the batches.
         RunError: `out` is taken by something else, the loss is not finite, or processes were started with other
             settings or data than the first.
     """
@@ -136,6 +137,7 @@ def pretrain(
         built = make_encoder(encoder, dataset.observation_space)
         objective = make_objective(objectives, built, dataset.action_space).to(torch_device)
         train, held = (dataset, dataset) if held_out == 0 else dataset.split(held_out, np.random.default_rng([seed, 0]))
+        dataset.check_room(batch_size // distributed.world_size(), objective.span)
         if torch_device.type == "cuda":
             train = train.on(torch_device, budget=torch.cuda.mem_get_info(torch_device)[0] // 2)
         distributed.check_agreement({**settings, **chosen, "log_every": log_every})
