@@ -526,7 +526,7 @@ def collect(
                 out,
                 venv.observation_space,
                 venv.action_space,
-                env_spec=asked["env"],
+                env_spec=None if spec is None else str(spec.task),
                 factor_names=factor_names,
                 collector=asked,
                 overwrite=overwrite,
