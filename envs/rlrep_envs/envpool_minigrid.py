@@ -190,7 +190,7 @@ class Boards:
         self.factors = dict(zip((*names, "key_x", "key_y", "room"), self._found, strict=True))
         self._key, self._hidden = [self._NONE] * n, [False] * n
         """The cell of each board's key, or of the box that it is hidden in."""
-        self._cells = self._rooms = np.zeros(0)
+        self._cells, self._rooms = np.zeros(0, np.uint8), np.zeros(0, np.int16)
 
     def _lay_out(self, width: int, height: int) -> None:
         """Makes room for boards of a size, and a cell more on every side, because an agent may face the edge."""
@@ -236,7 +236,7 @@ class Boards:
     def draw(self, ids: np.ndarray, image: np.ndarray, position: np.ndarray, direction: np.ndarray) -> np.ndarray:
         """Draws boards exactly as minigrid's `RGBImgObsWrapper(tile_size=8)` does, (n, 8 height, 8 width, 3) uint8."""
         n, v = image.shape[:2]
-        width, height = (side - 2 for side in self._cells.shape[1:])
+        _, width, height = self._cells[:, 1:-1, 1:-1].shape
         # What is seen is lit; the view may reach beyond the board.
         lit = np.zeros((n, width + 2 * v, height + 2 * v), bool)
         x, y = np.moveaxis(position[:, None, None] + _view(v)[direction] + v, -1, 0)
