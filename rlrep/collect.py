@@ -288,7 +288,7 @@ class IntrinsicReward(VecEnvWrapper):
         """Of the last training, and the mean bonus before normalisation since then."""
         self._rng = rng
         self._parameters = {name: p for name, p in bonus.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.Adam(self._parameters.values(), lr=bonus.learning_rate) if bonus.learns else None
+        self._optimizer = torch.optim.Adam(bonus.parameter_groups()) if bonus.learns else None
         self._recent: list[Transition] = []
         self._rewards: list[Tensor] = []
 
