@@ -31,11 +31,11 @@ class DEIR(Bonus):
         latent_dim: Width of what a way is embedded in, and of the discriminator; 128 is the paper's for grids.
         queue: Novel observations kept to make false transitions of; fewer where they take more than 64 MiB.
         memory: Observations of an episode that are compared with; of a longer one, the latest.
-        span: Steps over which ways are followed back in training, from nothing.
+        span: Steps over which ways are followed in training, from nothing.
     """
 
     paper = "Wan et al. 2023, arXiv:2304.10770"
-    batch_size = 128
+    batch_size = 512
     EPSILON = 1e-6
 
     def __init__(
@@ -48,7 +48,7 @@ class DEIR(Bonus):
         latent_dim: int = 128,
         queue: int = 100_000,
         memory: int = 1024,
-        span: int = 4,
+        span: int = 8,
     ) -> None:
         super().__init__(observation_space, action_space, n_envs, make_encoder(encoder, observation_space))
         for name, value in {"latent_dim": latent_dim, "queue": queue, "memory": memory, "span": span}.items():
@@ -111,10 +111,13 @@ class DEIR(Bonus):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Returns the cross-entropy of telling true next observations from false ones, and how often that succeeds."""
+        # Every transition begins a segment; so many of them, in random order, have each in them once.
         t_end = min(self.span, batch.mask.shape[1])
-        features = self.features(batch, t_end + 1)
-        false, differs = self._false(tree_map(lambda x: x[:, 1 : t_end + 1], batch.obs))
-        action = self.flatten(self.actions(batch)[:, :t_end].flatten(0, 1)).unflatten(0, (-1, t_end))
+        n = -(-len(batch.mask) // t_end)
+        obs = tree_map(lambda x: x[:n, : t_end + 1], batch.obs)
+        features = self.encoder.encode(obs)
+        false, differs = self._false(tree_map(lambda x: x[:, 1:], obs))
+        action = self.flatten(self.actions(batch)[:n, :t_end].flatten(0, 1)).unflatten(0, (-1, t_end))
         way = features.new_zeros(len(features), self.way.shape[1])
         logits = []
         for t in range(t_end):
@@ -122,7 +125,7 @@ class DEIR(Bonus):
             pairs = [self.follow(x, way) for x in (features[:, t + 1], false[:, t])]
             logits.append(torch.stack([self.tell(torch.cat([way, x, action[:, t]], dim=1))[:, 0] for x in pairs]))
         told = torch.stack(logits, dim=2)
-        mask = batch.mask[:, :t_end]
+        mask = batch.mask[:n, :t_end]
         masks = torch.stack([mask, mask & differs])
         truth = torch.zeros_like(told)
         truth[0] = 1.0
