@@ -23,7 +23,6 @@ class RIDE(ICM):
         n_envs: How many environments are stepped together.
         encoder: Spec of the encoder.
         learning_rate: The paper's, 1e-4, is for fifty times as many steps.
-        forward_weight: Of the forward loss; the inverse one has the rest.
         hidden: Width of the hidden layers.
     """
 
@@ -36,10 +35,9 @@ class RIDE(ICM):
         n_envs: int,
         encoder: str = "auto:features_dim=128",
         learning_rate: float = 1e-3,
-        forward_weight: float = 0.2,
         hidden: int = 256,
     ) -> None:
-        super().__init__(observation_space, action_space, n_envs, encoder, learning_rate, forward_weight, hidden)
+        super().__init__(observation_space, action_space, n_envs, encoder, learning_rate, hidden)
         self._episodes = EpisodicCounts(n_envs)
 
     def watch(self, step: Transition) -> None:

@@ -110,8 +110,8 @@ def test_ride_pays_the_distance_over_the_root_of_the_episodes_visits() -> None:
             assert float(paid[i]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_icm_pays_half_the_squared_error_and_weighs_two_losses() -> None:
-    bonus = make("icm:forward_weight=0.3")
+def test_icm_pays_half_the_squared_error_and_adds_two_losses() -> None:
+    bonus = make("icm")
     step = next(walk())
     with torch.no_grad():
         now, then = bonus.encoder(step.obs), bonus.encoder(step.next_obs)
@@ -121,7 +121,7 @@ def test_icm_pays_half_the_squared_error_and_weighs_two_losses() -> None:
         inverse = -torch.log_softmax(logits, 1)[torch.arange(N), step.action].mean()
     assert torch.allclose(bonus.reward(step), error, rtol=1e-5)
     loss, metrics = bonus(step.as_batch())
-    assert float(loss.detach()) == pytest.approx(float(0.7 * inverse + 0.3 * error.mean()), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(inverse + error.mean()), rel=1e-5)
     assert float(metrics["accuracy"]) == pytest.approx(float((logits.argmax(1) == step.action).float().mean()))
 
 
