@@ -9,7 +9,6 @@ always in SB3, loading a zip unpickles it, so load only what you trust.
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -493,20 +492,19 @@ class LatentVecEnv(VecEnvWrapper):
 class _Memory:
     """Features of observations seen before, in about `n_bytes` at most; when it is full it starts anew."""
 
-    ENTRY = 224
-    """Bytes an entry takes beside its features: the digest, its slot and their place in the dictionary."""
+    ENTRY = 160
+    """Bytes an entry takes beside its features: the hash, its slot and their place in the dictionary."""
 
     def __init__(self, features_dim: int, n_bytes: int) -> None:
         self.capacity = n_bytes // (self.ENTRY + 4 * features_dim)
         # The operating system hands out pages of it only as they are written.
         self.table = np.empty((self.capacity, features_dim), np.float32)
-        self.slots: dict[bytes, int] = {}
+        self.slots: dict[int, int] = {}
         self.asked = self.known = 0
 
     def recall(self, obs: Tree, encode: Callable[[Tree], np.ndarray]) -> np.ndarray:
         """Returns the features of (M, *obs_shape) observations, (M, D); `encode` is asked for those not known."""
-        leaves = [np.ascontiguousarray(leaf) for leaf in tree_leaves(obs)]
-        keys = [_digest(leaf[i] for leaf in leaves) for i in range(len(leaves[0]))]
+        keys = spaces.hash_rows(obs).tolist()
         new = {key: i for i, key in enumerate(keys) if key not in self.slots}
         self.asked += len(keys)
         self.known += len(keys) - len(new)
@@ -521,10 +519,3 @@ class _Memory:
             self.table[start : start + len(rows)] = encode(tree_map(lambda x: x[rows], obs))
             self.slots.update(zip(new, range(start, start + len(rows)), strict=True))
         return self.table[[self.slots[key] for key in keys]]
-
-
-def _digest(parts: Iterable[np.ndarray]) -> bytes:
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(part.tobytes())
-    return sha.digest()

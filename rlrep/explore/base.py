@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -149,52 +148,6 @@ def sample_actions(space: Space, n: int, rng: np.random.Generator) -> np.ndarray
     raise SpaceError(f"action space {space} is not supported: use Discrete, MultiDiscrete, MultiBinary or Box")
 
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-CACHE = 2**17
-"""Bytes hashed at once: what passes over them takes four times as long outside the processor's cache."""
-
-
-def hash_rows(tree: Tree) -> np.ndarray:
-    """Returns a 64-bit hash of each row's bytes, (N,) uint64, the same on every machine of one byte order.
-
-    Every 8 bytes are masked by their place, mixed by MurmurHash3's finaliser and summed.
-
-    Args:
-        tree: (N, ...) array, or a dict of them; the order of its keys does not matter.
-    """
-    leaves = _sorted_leaves(tree)
-    total = np.zeros(len(leaves[0]), np.uint64)
-    for leaf in leaves:
-        rows = np.ascontiguousarray(leaf).reshape(len(leaf), math.prod(leaf.shape[1:])).view(np.uint8)
-        n_words = -(-rows.shape[1] // 8)
-        places = _mix(np.arange(1, n_words + 1, dtype=np.uint64) * GOLDEN)
-        block = np.zeros((max(1, CACHE // (8 * n_words)), 8 * n_words), np.uint8)
-        for start in range(0, len(rows), len(block)):
-            part = rows[start : start + len(block)]
-            block[: len(part), : rows.shape[1]] = part
-            words = block[: len(part)].view(np.uint64)
-            at = slice(start, start + len(part))
-            # Mixing the total in between keeps one leaf from being taken for another.
-            total[at] = _mix(total[at] + GOLDEN + _mix(words ^ places).sum(axis=1, dtype=np.uint64))
-    return total
-
-
-def _sorted_leaves(tree: Tree) -> list[Any]:
-    if isinstance(tree, Mapping):
-        return [leaf for key in sorted(tree) for leaf in _sorted_leaves(tree[key])]
-    return [tree]
-
-
-def _mix(x: Any) -> Any:
-    """MurmurHash3's 64-bit finaliser: a bijection under which every bit of the input moves every bit of the output."""
-    x = x ^ (x >> np.uint64(33))
-    x *= np.uint64(0xFF51AFD7ED558CCD)
-    x ^= x >> np.uint64(33)
-    x *= np.uint64(0xC4CEB9FE1A85EC53)
-    x ^= x >> np.uint64(33)
-    return x
-
-
 class Counts:
     """How often each key was met, in several tables at once: open addressing with linear probing, in arrays.
 
@@ -312,8 +265,8 @@ class EpisodicCounts:
 
 
 def hash_tensors(obs: Tree) -> np.ndarray:
-    """Returns `hash_rows` of (N, ...) tensors, (N,) uint64."""
-    return hash_rows(tree_map(lambda x: x.cpu().numpy(), obs))
+    """Returns `rlrep.spaces.hash_rows` of (N, ...) tensors, (N,) uint64."""
+    return spaces.hash_rows(tree_map(lambda x: x.cpu().numpy(), obs))
 
 
 class Memory(nn.Module):

@@ -9,7 +9,8 @@ import torch
 from gymnasium.spaces import Space
 from torch import Tensor
 
-from rlrep.explore.base import Bonus, Counts, explorers, hash_rows, hash_tensors
+from rlrep.explore.base import Bonus, Counts, explorers, hash_tensors
+from rlrep.spaces import hash_rows
 from rlrep.types import Transition, tree_map
 
 
