@@ -148,3 +148,14 @@ def test_no_arguments_shows_help() -> None:
     assert all(
         command in done.stdout for command in ("collect", "pretrain", "finetune", "report", "run", "list", "data")
     )
+
+
+def test_coverage_compares_datasets_and_features_explore(chain: Path, tmp_path: Path) -> None:
+    options = "--explorer e3b --steps 4000 --n-envs 4 --until states=20 --checkpoint-every 80 --algorithm a2c"
+    done = rlrep("collect", SPEC, *options.split(), "--features", "encoder", "--out", tmp_path / "e3b", cwd=chain)
+    assert done.returncode == 0, done.stderr
+    done = rlrep("data", "coverage", "data", tmp_path / "e3b", "--out", tmp_path / "coverage.png", cwd=chain)
+    assert done.returncode == 0, done.stderr
+    assert "random" in done.stdout
+    assert "e3b" in done.stdout
+    assert (tmp_path / "coverage.png").stat().st_size > 10_000
