@@ -7,7 +7,7 @@ from gymnasium.spaces import Space
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlrep import spaces
+from rlrep import distributed, spaces
 from rlrep.types import Tree
 
 
@@ -47,14 +47,15 @@ class PictureAugment(nn.Module):
         if self.shift:
             x = self._shifted(x)
         if self.intensity:
-            noise = torch.randn(len(x), 1, 1, 1, device=x.device).clamp(-2, 2)
+            noise = distributed.rows(lambda n: torch.randn(n, 1, 1, 1, device=x.device), len(x)).clamp(-2, 2)
             x = (x * (1 + self.intensity * noise)).clamp(0, 255)
         return (x.permute(0, 2, 3, 1) if self._last[path] else x).reshape(obs.shape)
 
     def _shifted(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
         padded = F.pad(x, (self.shift,) * 4, mode="replicate")
-        dy, dx = torch.randint(0, 2 * self.shift + 1, (2, n, 1), device=x.device)
+        moves = distributed.rows(lambda n: torch.randint(0, 2 * self.shift + 1, (n, 2, 1), device=x.device), n)
+        dy, dx = moves.unbind(dim=1)
         rows = (torch.arange(height, device=x.device) + dy)[:, None, :, None]
         columns = (torch.arange(width, device=x.device) + dx)[:, None, None, :]
         index = torch.arange(n, device=x.device)[:, None, None, None]

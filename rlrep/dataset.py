@@ -55,7 +55,7 @@ from gymnasium.spaces import Space
 
 from rlrep.runs import lock, provenance, read_json, write_json
 from rlrep.spaces import from_json, kind, leaves, to_json
-from rlrep.types import Batch, DatasetError, Episode, RunError, Tree
+from rlrep.types import Batch, DatasetError, Episode, RunError, Tree, tree_map
 
 __all__ = ["Dataset", "DatasetWriter", "Verification", "verify"]
 
@@ -671,11 +671,12 @@ def _available_memory() -> int:
 
 
 def _parse_budget(budget: str | int) -> int:
-    """Returns bytes: of `"auto"`, half of the available memory; of `"2GB"`, 2 x 10^9."""
+    """Returns bytes: of `"auto"`, half of the available memory, shared by `torchrun`'s processes; of `"2GB"`, 2e9."""
     if isinstance(budget, int) and budget >= 0:
         return budget
     if budget == "auto":
-        return _available_memory() // 2
+        # Under torchrun the processes of a machine open the data side by side.
+        return _available_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if isinstance(budget, str) and (m := re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B", budget, re.IGNORECASE)):
         return int(float(m[1]) * (1024 if m[3] else 1000) ** " KMGT".index(m[2].upper() or " "))
     raise ValueError(f"budget {budget!r} is not a size: use 'auto', '2GB', '500MiB', or a number of bytes")
@@ -854,6 +855,16 @@ def _stacked_space(space: Space, k: int, name: str = "obs") -> Space:
     return spaces.Box(low, high, dtype=cast(Any, box.dtype).type)
 
 
+def _stack(space: Space, frame_stack: int) -> Space:
+    """Returns the space of `frame_stack` observations stacked."""
+    if frame_stack < 1:
+        raise ValueError(f"a stack of {frame_stack} frames is not possible; it takes at least 1")
+    stacked = _stacked_space(space, frame_stack)
+    if frame_stack > 1 and stacked == space:
+        raise ValueError(f"frames are stacked where there is a Box to observe, and here it is {space}")
+    return stacked
+
+
 class Dataset:
     """Recorded episodes of one or several folders, read as one.
 
@@ -873,26 +884,21 @@ class Dataset:
     def __init__(self, *paths: str | Path, budget: str | int = "auto", frame_stack: int = 1) -> None:
         if not paths:
             raise ValueError("a Dataset needs at least one folder")
-        if frame_stack < 1:
-            raise ValueError(f"a stack of {frame_stack} frames is not possible; it takes at least 1")
         self.paths = [Path(path) for path in paths]
-        self.frame_stack = frame_stack
-        self._store = _Store(self.paths, _parse_budget(budget))
+        self.budget = _parse_budget(budget)
+        """Bytes of memory for rows."""
+        self._store = _Store(self.paths, self.budget)
         meta = self._store.folders[0].meta
         self.action_space: Space = from_json(meta["action_space"])
         """Of one action, as the environment took it."""
         self._raw_space = from_json(meta["observation_space"])
-        self.observation_space: Space = self._raw_space
+        self.frame_stack = frame_stack
+        self.observation_space: Space = _stack(self._raw_space, frame_stack)
         """Of one observation, frame-stacked where that was asked for."""
         self.env_spec: Any = meta["env_spec"]
         """What makes the environment, as it was given to the writer."""
         self.factor_names: list[str] = meta["factors"]
-        if frame_stack > 1:
-            self.observation_space = _stacked_space(self._raw_space, frame_stack)
-            if self.observation_space == self._raw_space:
-                raise ValueError(
-                    f"frames are stacked where there is a Box to observe, and here it is {self._raw_space}"
-                )
+        self._resident: dict[str, torch.Tensor] = {}
         self._view(np.arange(len(self._store.table["start"])))
 
     def _view(self, episodes: np.ndarray) -> None:
@@ -981,10 +987,31 @@ class Dataset:
         view._view(self._episodes[np.asarray(episodes, dtype=np.int64)])
         return view
 
-    def unstacked(self) -> Dataset:
-        """Returns this view with observations as they were recorded, one frame each."""
+    def stacked(self, frame_stack: int) -> Dataset:
+        """Returns this view with `frame_stack` frames in one observation; with 1 they are as they were recorded."""
         view = self.select(np.arange(self.n_episodes))
-        view.frame_stack, view.observation_space = 1, self._raw_space
+        view.frame_stack, view.observation_space = frame_stack, _stack(self._raw_space, frame_stack)
+        return view
+
+    def on(self, device: torch.device | str, budget: int) -> Dataset:
+        """Returns this view with its actions and observations in the memory of `device`, where `sample` gathers them.
+
+        Args:
+            device: A GPU: there a batch is gathered as fast as it is used, and nothing is copied for it.
+            budget: Bytes that they may take there; if they take more, this view itself is returned.
+        """
+        names = list(_columns(self._raw_space, self.action_space))
+        if sum(map(self._store.nbytes, names)) > budget:
+            return self
+        view = self.select(np.arange(self.n_episodes))
+        n_rows = int(self._store.offsets[-1])
+        for name in names:
+            dtype, shape = self._store.dtype_and_shape(name)
+            column = torch.empty((n_rows, *shape), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device)
+            for lo in range(0, n_rows, BLOCK_ROWS):
+                rows = np.arange(lo, min(lo + BLOCK_ROWS, n_rows))[:, None]
+                column[lo : lo + len(rows)] = torch.from_numpy(self._store.gather(name, rows)[:, 0]).to(device)
+            view._resident = {**view._resident, name: column}
         return view
 
     def split(self, held_out: float, rng: np.random.Generator) -> tuple[Dataset, Dataset]:
@@ -1011,7 +1038,23 @@ class Dataset:
 
     # -- reading
 
-    def sample(self, batch_size: int, span: int, rng: np.random.Generator) -> Batch:
+    def check_room(self, batch_size: int, span: int) -> None:
+        """Checks that two batches, one in use and one being read, fit the budget where the data itself does not.
+
+        Raises:
+            DatasetError: They do not.
+        """
+        names = list(_columns(self._raw_space, self.action_space))
+        data = sum(map(self._store.nbytes, names))
+        frames = batch_size * (span + 1) * self.frame_stack
+        batches = 2 * frames * data // int(self._store.offsets[-1])
+        if min(data, batches) > self.budget:
+            raise DatasetError(
+                f"a budget of {self.budget / 1e6:.1f} MB is too small: two batches of {batch_size} segments of "
+                f"{span + 1} observations take {batches / 1e6:.1f} MB, and the data {data / 1e6:.1f} MB"
+            )
+
+    def sample(self, batch_size: int, span: int, rng: np.random.Generator, share: tuple[int, int] = (0, 1)) -> Batch:
         """Returns random segments of `span` transitions; every transition is equally likely to be a first step.
 
         Past the end of an episode `mask` is false, observations repeat the last one and actions are zeros. The reward
@@ -1021,10 +1064,11 @@ class Dataset:
             batch_size: B, segments.
             span: T, transitions in a segment.
             rng: Where the randomness comes from.
+            share: (i, n) returns only the i-th of n equal shares of the segments, and reads no others.
         """
         if batch_size < 1 or span < 1:
             raise ValueError(f"batch_size={batch_size} and span={span} must both be at least 1")
-        step = rng.integers(self.n_transitions, size=batch_size)
+        step = np.split(rng.integers(self.n_transitions, size=batch_size), share[1])[share[0]]
         episode = np.searchsorted(self._ends, step, side="right")
         start = self._start[episode][:, None]
         last = start + self._length[episode][:, None]
@@ -1033,16 +1077,23 @@ class Dataset:
         now = rows[:, :-1]
         ended = self._store.terminated[self._episodes[episode]][:, None]
         # Small columns first: they are the ones to hold in memory when not all fit.
-        action = self._store.gather("action", now)
+        action = self._gather("action", now)
         return Batch(
-            obs=self._observations(rows, start, torch.from_numpy),
-            action=torch.from_numpy(action),
+            obs=tree_map(torch.as_tensor, self._observations(rows, start, self._gather)),
+            action=torch.as_tensor(action),
             terminated=torch.from_numpy(ended & (now == last - 1)),
             mask=torch.from_numpy(now < last),
             first=torch.from_numpy(now == start),
         )
 
-    def _observations(self, rows: np.ndarray, start: np.ndarray, convert: Callable[[np.ndarray], Any]) -> Tree:
+    def _gather(self, name: str, rows: np.ndarray) -> np.ndarray | torch.Tensor:
+        """Returns the store rows (B, ...) of a column as (B, ..., *shape), on the device if it is there."""
+        if name not in self._resident:
+            return self._store.gather(name, rows)
+        column = self._resident[name]
+        return column[torch.from_numpy(rows).to(column.device)]
+
+    def _observations(self, rows: np.ndarray, start: np.ndarray, gather: Callable[[str, np.ndarray], Any]) -> Tree:
         """Returns the observations at store rows (B, T) as (B, T, *obs_shape), stacked; `start` (B, 1)."""
         parts = {
             name: space for name, space in _columns(self._raw_space, self.action_space).items() if name != "action"
@@ -1050,11 +1101,10 @@ class Dataset:
         found = {}
         for name in sorted(parts, key=self._store.nbytes):
             if self.frame_stack == 1 or not _stackable(name, parts[name]):
-                found[name] = convert(self._store.gather(name, rows))
+                found[name] = gather(name, rows)
             else:
                 back = np.arange(1 - self.frame_stack, 1)
-                frames = self._store.gather(name, np.maximum(rows[:, :, None] + back, start[:, :, None]))
-                found[name] = convert(_interleave(frames))
+                found[name] = _interleave(gather(name, np.maximum(rows[:, :, None] + back, start[:, :, None])))
         return build_obs(self._raw_space, found.__getitem__)
 
     def episode(self, index: int) -> Episode:
@@ -1095,7 +1145,8 @@ class Dataset:
         start = self._start[episode]
         rows = start + rows - (self._row_ends - self._length - 1)[episode]
         if name == "obs":
-            return self._observations(rows[:, None], start[:, None], lambda found: found[:, 0])
+            found = self._observations(rows[:, None], start[:, None], self._store.gather)
+            return tree_map(lambda leaf: leaf[:, 0], found)
         return self._store.gather(name, rows[:, None])[:, 0]
 
     def factors(self, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -1107,8 +1158,10 @@ class Dataset:
         return self.column("obs", rng.integers(self.n_observations, size=n))
 
 
-def _interleave(frames: np.ndarray) -> np.ndarray:
+def _interleave(frames: Any) -> Any:
     """Concatenates (B, T, k, *shape) along the last axis of the shape: (B, T, *shape[:-1], k * shape[-1])."""
+    if isinstance(frames, torch.Tensor):
+        return frames.movedim(2, -2).flatten(-2)
     # The last axis is moved as one opaque item: twice as fast as a strided copy of its numbers.
     item = np.dtype((np.void, frames.shape[-1] * frames.dtype.itemsize))
     out = np.empty((*frames.shape[:2], *frames.shape[3:-1], frames.shape[2]), dtype=item)

@@ -8,17 +8,21 @@ from gymnasium.spaces import Space
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlrep import distributed
 from rlrep.types import SpaceError
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask`, both of one shape; 0 where nothing is left."""
+    """Mean of `values` where `mask`, both of one shape; 0 where nothing is left.
+
+    Where ranks share a batch, each divides by the mean number that is left to a rank: so the mean of what they return
+    is the mean over the whole batch, however unequal their masks.
+    """
     if values.shape != mask.shape:
         raise ValueError(f"values have shape {tuple(values.shape)}, but the mask has {tuple(mask.shape)}")
     # `where`, not a product: padding may hold anything, and nan * 0 is nan.
-    return torch.where(
-        mask, values, torch.zeros((), dtype=values.dtype, device=values.device)
-    ).sum() / mask.sum().clamp(min=1)
+    kept = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+    return kept.sum() * distributed.shares() / distributed.total(mask.sum()).clamp(min=1)
 
 
 def info_nce(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from rlrep.objectives import objectives
 from rlrep.registry import Registry
 
 TIERS = [
-    ["types", "runs"],
+    ["types", "runs", "distributed"],
     ["spaces", "registry"],
     ["nets", "losses", "augment", "dataset", "settings", "fanout", "interop"],
     ["encoders"],
@@ -31,6 +31,7 @@ TIERS = [
     ["collect", "pretrain", "finetune"],
     ["recipe"],
     ["cli"],
+    ["__main__"],
 ]
 """A module imports from its own tier and from those above it in this list."""
 

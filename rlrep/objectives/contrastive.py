@@ -6,7 +6,7 @@ import torch
 from gymnasium.spaces import Space
 from torch import Tensor, nn
 
-from rlrep import losses, nets
+from rlrep import distributed, losses, nets
 from rlrep.augment import PictureAugment
 from rlrep.encoders import Encoder
 from rlrep.objectives.base import Objective, objectives
@@ -72,6 +72,8 @@ class ATC(Objective):
         anchor = self.project(features).flatten(0, 1)
         anchor = anchor + self.residual(anchor)
         mask = batch.mask[:, self.lag - 1 : self.span].flatten()
+        # Every anchor is compared with the positives of all ranks.
+        anchor, positive, mask = (distributed.gather(x) for x in (anchor, positive, mask))
         loss, accuracy = losses.info_nce(self.bilinear(anchor) @ positive.T, mask)
         return loss, {"accuracy": accuracy.detach()}
 
