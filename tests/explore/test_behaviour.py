@@ -39,15 +39,16 @@ class Corridor(gym.Env[Any, Any]):
 
 
 TOO_SHORT = {
-    "rnd": "learns too slowly to tell cells apart within the few thousand steps of a test",
-    "icm": "what cannot be foreseen is soon nowhere, where nothing is random",
-    "disagreement": "its members agree too soon, where nothing is random",
-    "re3": "distances in random features of one-hot digits hardly differ",
-    "cbet": "waiting and walking are the only changes, and both are soon old",
-    "e3b": "features of one-hot digits generalise too little: it gets there with one seed and not with another",
-    "diayn": "pays for being told apart, not for getting far",
+    "rnd": (25, 34),
+    "icm": (21, 11),
+    "disagreement": (29, 26),
+    "re3": (19, 38),
+    "cbet": (18, 36),
+    "e3b": (67, 24),
+    "diayn": (25, 51),
 }
-"""Explorers that are not asked to beat random actions in so few steps."""
+"""Explorers that did not get twice as far as random actions (19 and 24 cells) in so few steps, with seeds 0 and 1: the
+cells they reached. What they pay for is learnt too slowly here, soon the same everywhere, or something else."""
 
 
 @pytest.fixture(scope="module")
