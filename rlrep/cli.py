@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg, subcommand
 
-from rlrep import interop
+from rlrep import interop, runs
 from rlrep.collect import collect
 from rlrep.dataset import Dataset, verify
 from rlrep.encoders import encoders
 from rlrep.encoders.base import AUTO
+from rlrep.evaluate import exploration
 from rlrep.evaluate.report import report
 from rlrep.explore import explorers
 from rlrep.finetune import finetune
@@ -194,6 +195,26 @@ class DataInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataCoverage:
+    """Show what datasets cover, side by side: observations, states, actions, lengths, places."""
+
+    data: Positional[tuple[Path, ...]]
+    """Dataset folders, a row each."""
+    out: Path | None = None
+    """Where the picture goes; explorer/coverage.png in the first folder unless given."""
+
+    def __call__(self) -> None:
+        """Prints the table, and draws the picture."""
+        found = exploration.explored(self.data)
+        Console(width=None if sys.stdout.isatty() else 160).print(exploration.table(found))
+        out = self.out or self.data[0] / "explorer" / "coverage.png"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure = exploration.draw(found)
+        runs.write_atomically(out, lambda path: figure.savefig(path, format="png", dpi=120))
+        print(out)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataVerify:
     """Read a dataset again from end to end, and compare every episode with its digest."""
 
@@ -248,6 +269,7 @@ class DataImport:
 
 Data = Union[  # noqa: UP007 (tyro reads the members' annotations)
     Annotated[DataInfo, subcommand("info", prefix_name=False)],
+    Annotated[DataCoverage, subcommand("coverage", prefix_name=False)],
     Annotated[DataVerify, subcommand("verify", prefix_name=False)],
     Annotated[DataMerge, subcommand("merge", prefix_name=False)],
     Annotated[DataExport, subcommand("export", prefix_name=False)],

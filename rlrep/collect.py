@@ -1,7 +1,8 @@
 """Collecting: an explorer acts in N environments, without their reward, and everything they say goes to disk.
 
-    environments -> Recorder -> [FrameStack] -> explorer                            random, policy
-    environments -> Recorder -> [FrameStack] -> IntrinsicReward(bonus) -> SB3 PPO   count, rnd, ...
+    environments -> Recorder -> [FrameStack] -> [LatentVecEnv] -> explorer                                 policy
+    environments -> Recorder -> [FrameStack] -> [LatentVecEnv] -> IntrinsicReward(bonus) -> SB3 algorithm  rnd, e3b, ...
+    environments -> Recorder -> [FrameStack] -> IntrinsicReward(bonus) -> [LatentVecEnv] -> SB3 algorithm  count, cbet
 
 The recorder lies below everything else, so the disk holds raw environment data whatever the explorer saw.
 """
@@ -23,10 +24,12 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from gymnasium.spaces import Box, Discrete, Space
 from rlrep_envs import EnvSpec, FrameStack, make_vec_env
 from safetensors.torch import load_file, save_file
-from stable_baselines3 import PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from torch import Tensor
@@ -34,19 +37,20 @@ from tqdm import tqdm
 
 from rlrep import runs, spaces
 from rlrep.dataset import COMMIT, FORMAT_VERSION, META, PARTS, Dataset, DatasetWriter
-from rlrep.encoders import Encoder, make_encoder
+from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.coverage import Coverage
-from rlrep.explore import Actor, Bonus, ReturnNormaliser, make_explorer
-from rlrep.explore.base import sample_actions
+from rlrep.explore import Actor, Bonus, Mixture, ReturnNormaliser, make_explorer
+from rlrep.explore.base import beside, sample_actions
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.registry import nearest
-from rlrep.sb3 import policy_kwargs
+from rlrep.sb3 import LatentVecEnv, get_algorithm, policy_kwargs
 from rlrep.types import (
     Batch,
     DatasetError,
     Episode,
     RlrepError,
     RunError,
+    SpaceError,
     Transition,
     Tree,
     to_tensor,
@@ -64,6 +68,25 @@ PPO_SETTINGS: dict[str, Any] = {
     "ent_coef": 0.01,
 }
 """Of the policy that learns from a bonus, unless other `settings` are given; what is not here is SB3's default."""
+
+OFF_POLICY_SETTINGS: dict[str, Any] = {"buffer_size": 20_000, "learning_starts": 1_000, "batch_size": 64}
+"""A bonus in a replay buffer is that of its day: in a short one it is not yet out of date."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ppo": PPO_SETTINGS,
+    "maskableppo": PPO_SETTINGS,
+    "recurrentppo": PPO_SETTINGS,
+    "a2c": {"n_steps": 16, "gae_lambda": 0.95, "ent_coef": 0.01},
+    "dqn": OFF_POLICY_SETTINGS | {"learning_rate": 5e-4, "gradient_steps": 4, "target_update_interval": 1_000},
+    "qrdqn": OFF_POLICY_SETTINGS | {"learning_rate": 5e-4, "gradient_steps": 4, "target_update_interval": 1_000},
+}
+"""The same for other algorithms; those that learn off-policy and are not here have `OFF_POLICY_SETTINGS`."""
+
+TRAIN_EVERY = 128
+"""Steps of each environment between trainings of the bonus, beside an algorithm that has no roll-outs."""
+
+UNTIL = ("observations", "states", "episodes")
+"""What coverage can be waited for."""
 
 EXPLORER, POLICY, BONUS, RECORD = "explorer", "policy.zip", "bonus.safetensors", "explorer.json"
 METRICS, COVERAGE = "metrics.jsonl", "coverage.json"
@@ -323,7 +346,7 @@ class IntrinsicReward(VecEnvWrapper):
         """Of the last training, and the mean bonus before normalisation since then."""
         self._rng = rng
         self._parameters = {name: p for name, p in bonus.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.Adam(self._parameters.values(), lr=bonus.learning_rate) if bonus.learns else None
+        self._optimizer = torch.optim.Adam(bonus.parameter_groups()) if bonus.learns else None
         self._recent: list[Transition] = []
         self._rewards: list[Tensor] = []
 
@@ -460,6 +483,94 @@ def _segments(
             )
 
 
+class WithContext(VecEnvWrapper):
+    """Shows something drawn at random beside the observation, anew for each episode: the skill a policy is to follow.
+
+    Args:
+        venv: Environments whose `dones` say when episodes end.
+        context: What is shown, by key.
+        rng: Draws it.
+    """
+
+    def __init__(self, venv: VecEnv, context: Mapping[str, Space], rng: np.random.Generator) -> None:
+        super().__init__(venv, beside(venv.observation_space, context))
+        self._context, self._rng = dict(context), rng
+
+    def reset(self) -> VecEnvObs:
+        """Resets the environments, and draws for all of them."""
+        obs = self.venv.reset()
+        self._now = self._draw(self.num_envs)
+        return self._join(obs, self._now)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Passes on what the environments say; a finished episode's last observation has its own context still."""
+        obs, rewards, dones, infos = self.venv.step_wait()
+        ended = np.flatnonzero(dones)
+        if len(ended):
+            infos = list(infos)
+            for i in ended:
+                last = self._join(_last_observation(infos[i]), {key: value[i] for key, value in self._now.items()})
+                infos[i] = {**infos[i], "terminal_observation": last}
+            drawn = self._draw(len(ended))
+            self._now = {key: value.copy() for key, value in self._now.items()}
+            for key, value in self._now.items():
+                value[ended] = drawn[key]
+        return self._join(obs, self._now), rewards, dones, infos
+
+    def _draw(self, n: int) -> dict[str, np.ndarray]:
+        return {key: sample_actions(space, n, self._rng) for key, space in self._context.items()}
+
+    def _join(self, obs: Tree, context: Mapping[str, Any]) -> dict[str, Any]:
+        return {**(obs if isinstance(obs, Mapping) else {"obs": obs}), **context}
+
+
+class Alongside(VecEnvWrapper):
+    """Shows the first environments only; in the others, actors act at the same time.
+
+    Args:
+        venv: All environments.
+        actors: What acts in the last `actors.n_envs` of them.
+        rng: What chance the actors have.
+    """
+
+    def __init__(self, venv: VecEnv, actors: Actor, rng: np.random.Generator) -> None:
+        self._shown = venv.num_envs - actors.n_envs
+        super().__init__(venv)
+        self.num_envs = self._shown
+        self._actors, self._rng = actors, rng
+
+    def reset(self) -> VecEnvObs:
+        """Resets all environments."""
+        self._first = np.ones(self._actors.n_envs, bool)
+        return self._split(self.venv.reset())
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Passes on the actions, with those of the actors."""
+        theirs = self._actors.act(self._others, self._first, self._rng)
+        self.venv.step_async(np.concatenate([actions, theirs]))
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Returns what the first environments say."""
+        obs, rewards, dones, infos = self.venv.step_wait()
+        self._first = dones[self._shown :]
+        return self._split(obs), rewards[: self._shown], dones[: self._shown], infos[: self._shown]
+
+    def _split(self, obs: VecEnvObs) -> VecEnvObs:
+        self._others = tree_map(lambda x: x[self._shown :], obs)
+        return tree_map(lambda x: x[: self._shown], obs)
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """Returns an attribute of the environments that are shown."""
+        return self.venv.get_attr(attr_name, self._indices(indices))
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """Calls a method of the environments that are shown."""
+        return self.venv.env_method(method_name, *args, indices=self._indices(indices), **kwargs)
+
+    def _indices(self, indices: Any) -> Any:
+        return range(self._shown) if indices is None else indices
+
+
 # ------------------------------------------------------------------------------------------------------- collecting
 
 
@@ -472,8 +583,11 @@ def collect(
     n_envs: int = 16,
     seed: int = 0,
     episodic: bool = False,
+    features: str | Path | Encoder | None = None,
     encoder: str | Mapping[str, Any] = "auto",
+    algorithm: str = "ppo",
     settings: Mapping[str, Any] | None = None,
+    until: str | None = None,
     device: str = "auto",
     checkpoint_every: int = 10_000,
     n_workers: int = 1,
@@ -488,13 +602,21 @@ def collect(
     Args:
         env: Environment spec; or environments you made, then `n_envs` is theirs.
         out: Dataset folder. `explorer/` in it has the coverage over time and, where a policy learnt, the policy.
-        explorer: `random`, `policy:PATH`, or a bonus that rewards a PPO policy for what is new: `count`, `rnd`.
+        explorer: What acts, `random` or `policy:PATH`; or a bonus that rewards a policy for what is new, such as
+            `noveld`; a product of bonuses, `e3b*rnd`; or a mixture that shares the environments,
+            `random:0.2+noveld:0.8`.
         steps: Environment steps in the dataset, all environments together, rounded up to a multiple of `n_envs`.
         n_envs: Environments stepped together.
         seed: Of networks and actions; environment i has the seed `seed * n_envs + i`.
         episodic: Whether returns of a bonus stop where episodes do; see `IntrinsicReward` for why they do not.
-        encoder: Spec of the exploring policy's network.
-        settings: Arguments of PPO, over those in `PPO_SETTINGS`.
+        features: Pre-trained encoder, or its folder. The policy then sees its features, computed once a step, and so
+            does the bonus, unless it counts exact observations. Raw observations are recorded all the same.
+        encoder: Spec of the exploring policy's own network.
+        algorithm: What learns from the bonus, by its name in SB3 or sb3-contrib. Off-policy ones learn from bonuses as
+            they were when paid. A recurrent policy remembers across episodes unless `episodic`.
+        settings: Arguments of the algorithm, over those in `SETTINGS`.
+        until: Stop before `steps` once coverage reaches this, `states=5000` or `observations=20000`; looked at every
+            `checkpoint_every` steps.
         device: Where policy and bonus compute; `auto` is a GPU if there is one.
         checkpoint_every: Steps between commits to disk, checkpoints of the explorer and rows of coverage.
         n_workers: Processes, a core each, that explore side by side with explorers, environments and seeds of their
@@ -509,7 +631,7 @@ def collect(
 
     Raises:
         SpecError: Unknown explorer, encoder or option.
-        SpaceError: The explorer cannot work in this environment.
+        SpaceError: Explorer, algorithm or features cannot work in this environment.
         RunError: `out` was collected with other settings or by another number of workers, or a worker failed.
         ClusterError: The Ray cluster cannot be reached.
         DatasetError: `out` holds something else, or cannot be written.
@@ -536,8 +658,11 @@ def _collect(
     n_envs: int,
     seed: int,
     episodic: bool,
+    features: str | Path | Encoder | None,
     encoder: str | Mapping[str, Any],
+    algorithm: str,
     settings: Mapping[str, Any] | None,
+    until: str | None,
     device: str,
     checkpoint_every: int,
     overwrite: bool,
@@ -553,6 +678,8 @@ def _collect(
     if seed < 0:
         raise ValueError(f"seed must not be negative, and it is {seed}")
     out = Path(out)
+    goal = _goal(until)
+    frozen = load_encoder(features) if features is not None else None
     spec = None if isinstance(env, VecEnv) else EnvSpec.parse(env)
     asked: dict[str, Any] = {
         "env": None if spec is None else str(spec),
@@ -560,7 +687,9 @@ def _collect(
         "n_envs": env.num_envs if isinstance(env, VecEnv) else n_envs,
         "seed": seed,
         "episodic": episodic,
+        "features": None if frozen is None else {"name": frozen.name, "digest": frozen.digest()},
         "encoder": encoder,
+        "algorithm": algorithm,
         "settings": dict(settings or {}),
     }
     done = 0 if overwrite else _committed(out, asked)
@@ -580,14 +709,27 @@ def _collect(
             stack.callback(venv.close)
         # All that can be wrong with what was asked is found before the folder is touched.
         seen = FrameStack(venv, n_stack).observation_space if n_stack > 1 else venv.observation_space
+        shown = seen
+        if frozen is not None:
+            spaces.check_same(seen, frozen.observation_space, "the encoder for `features` was made for observations")
+            shown = Box(-np.inf, np.inf, (frozen.features_dim,), np.float32)
         torch.manual_seed(first_seed)
-        built = make_explorer(explorer, seen, venv.action_space, venv.num_envs)
-        network = make_encoder(encoder, seen) if isinstance(built, Bonus) else None
-        ppo = _ppo_settings(settings, built)
+        built = make_explorer(explorer, shown, venv.action_space, venv.num_envs)
+        bonus = built.bonus if isinstance(built, Mixture) else built if isinstance(built, Bonus) else None
+        if bonus is not None and not bonus.scores_features and frozen is not None:
+            torch.manual_seed(first_seed)
+            built = make_explorer(explorer, seen, venv.action_space, venv.num_envs)
+            bonus = built.bonus if isinstance(built, Mixture) else cast(Bonus, built)
+        learner = _settings(algorithm, settings, built, bonus, venv.action_space)
+        network = None
+        if bonus is not None:
+            network = make_encoder(encoder, beside(shown, bonus.context) if bonus.context else shown)
         venv.seed(first_seed)
         venv.reset()
         factor_names = list(ground_truth(venv))
         venv.seed(first_seed)
+        if "states" in goal and not factor_names:
+            raise ValueError("until: this environment tells no ground truth, and so no states; wait for observations")
         interrupted = stack.enter_context(runs.deferred_interrupt())
         writer = stack.enter_context(
             DatasetWriter(
@@ -601,24 +743,36 @@ def _collect(
                 flush_every=checkpoint_every,
             )
         )
-        session = _Session(out, writer, steps, checkpoint_every, interrupted, follow)
+        session = _Session(out, writer, steps, checkpoint_every, interrupted, goal, follow)
         recorder = session.recorder = Recorder(venv, session, seed=first_seed)
         top: VecEnv = FrameStack(recorder, n_stack) if n_stack > 1 else recorder
         rng = np.random.default_rng(chance)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if frozen is not None and (bonus is None or bonus.scores_features):
+            top = LatentVecEnv(top, frozen, device=device)
+        if isinstance(built, Mixture) and bonus is not None:
+            top = Alongside(top, built, np.random.default_rng([first_seed, 2]))
         with session:
-            if isinstance(built, Actor):
-                _act(session, built, top, rng)
+            if session.reached:
+                pass
+            elif bonus is None:
+                _act(session, cast(Actor, built), top, rng)
             else:
-                rewarded = IntrinsicReward(
+                if bonus.context:
+                    top = WithContext(top, bonus.context, np.random.default_rng([first_seed, 3]))
+                rewarded = top = IntrinsicReward(
                     top,
-                    built,
+                    bonus,
                     rng=rng,
-                    gamma=ppo["gamma"],
+                    gamma=learner["gamma"],
                     episodic=episodic,
-                    train_every=ppo["n_steps"],
-                    device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
+                    train_every=_roll_out(algorithm, learner),
+                    device=device,
                 )
-                _learn(session, rewarded, cast(Encoder, network), ppo, first_seed)
+                if frozen is not None and not bonus.scores_features:
+                    top = LatentVecEnv(top, frozen, device=device)
+                _learn(session, top, rewarded, cast(Encoder, network), algorithm, learner, first_seed)
             recorder.finish()
     session.summarise(asked["explorer"])
     return Dataset(out), session.coverage
@@ -660,6 +814,8 @@ def _side_by_side(call: dict[str, Any], out: Path, n_workers: int, ray: str | No
     """Lets several workers collect a share of the steps each, and says what they reached together."""
     if isinstance(call["env"], VecEnv):
         raise ValueError("several workers make their environments themselves: pass an environment spec, not a VecEnv")
+    if call["until"] is not None and n_workers > 1:
+        raise ValueError("until cannot be looked at by several workers, who see their own coverage only: leave it out")
     steps = call["steps"]
     if steps < n_workers:
         raise ValueError(f"steps must be at least 1 for each of the {n_workers} workers, not {steps} in all")
@@ -738,14 +894,61 @@ def _committed(out: Path, asked: Mapping[str, Any]) -> int:
     return record["rows"] - record["episodes"]
 
 
-def _ppo_settings(settings: Mapping[str, Any] | None, explorer: Actor | Bonus) -> dict[str, Any]:
-    if settings and isinstance(explorer, Actor):
+def _settings(
+    algorithm: str,
+    settings: Mapping[str, Any] | None,
+    explorer: Actor | Bonus,
+    bonus: Bonus | None,
+    action_space: Space,
+) -> dict[str, Any]:
+    """Returns the settings of what learns from `bonus`, with the discount among them.
+
+    Raises:
+        SpecError: There is no such algorithm.
+        ValueError: It has no such setting, or nothing learns.
+        SpaceError: It cannot take these actions.
+    """
+    cls, name = get_algorithm(algorithm), algorithm.lower()
+    if settings and bonus is None:
         raise ValueError(f"explorer {explorer.name!r} learns nothing, and `settings` are for the policy that does")
-    valid = [name for name in inspect.signature(PPO).parameters if name not in ("policy", "env", "seed", "device")]
-    for name in settings or {}:
-        if name not in valid:
-            raise ValueError(f"PPO has no setting {name!r}.{nearest(name, valid)} Its settings: {', '.join(valid)}.")
-    return PPO_SETTINGS | dict(settings or {})
+    parameters = inspect.signature(cls).parameters
+    valid = [each for each in parameters if each not in ("policy", "env", "seed", "device")]
+    for each in settings or {}:
+        if each not in valid:
+            raise ValueError(
+                f"{cls.__name__} has no setting {each!r}.{nearest(each, valid)} Its settings: {', '.join(valid)}."
+            )
+    off_policy = issubclass(cls, OffPolicyAlgorithm)
+    suitable = Discrete if name in ("dqn", "qrdqn") else Box
+    if bonus is not None and off_policy and not isinstance(action_space, suitable):
+        raise SpaceError(f"{cls.__name__} takes {suitable.__name__} actions, and these are {action_space}; use PPO")
+    default = SETTINGS.get(name, OFF_POLICY_SETTINGS if off_policy else {})
+    return {"gamma": parameters["gamma"].default} | default | dict(settings or {})
+
+
+def _roll_out(algorithm: str, settings: Mapping[str, Any]) -> int:
+    """Returns the steps of each environment between trainings of the bonus: a roll-out, if there are any."""
+    # Off-policy, `n_steps` is how far a return looks ahead.
+    off_policy = issubclass(get_algorithm(algorithm), OffPolicyAlgorithm)
+    return TRAIN_EVERY if off_policy else settings.get("n_steps", TRAIN_EVERY)
+
+
+def _goal(until: str | None) -> dict[str, int]:
+    """Returns what `until` waits for, `{"states": 5000}`.
+
+    Raises:
+        ValueError: It is not written so, or there is nothing of the kind.
+    """
+    goal = {}
+    for part in until.split(",") if until else []:
+        name, _, number = part.strip().partition("=")
+        if name not in UNTIL or not number.isdigit() or int(number) < 1:
+            raise ValueError(
+                f"until={until!r} is not understood: write states=5000; it waits for {', '.join(UNTIL)}."
+                f"{nearest(name, UNTIL)}"
+            )
+        goal[name] = int(number)
+    return goal
 
 
 def _act(session: _Session, actor: Actor, env: VecEnv, rng: np.random.Generator) -> None:
@@ -756,26 +959,54 @@ def _act(session: _Session, actor: Actor, env: VecEnv, rng: np.random.Generator)
         more = session.step()
 
 
-def _learn(session: _Session, env: IntrinsicReward, network: Encoder, settings: dict[str, Any], seed: int) -> None:
-    """Lets PPO learn from the bonus until the session ends; first, random steps settle the bonus's statistics."""
+def _learn(
+    session: _Session,
+    env: VecEnv,
+    rewarded: IntrinsicReward,
+    network: Encoder,
+    algorithm: str,
+    settings: dict[str, Any],
+    seed: int,
+) -> None:
+    """Lets an algorithm learn from the bonus until the session ends; first, random steps settle the statistics."""
     extra = dict(settings.pop("policy_kwargs", {}))
-    policy = "MultiInputPolicy" if spaces.kind(env.observation_space) == "dict" else "MlpPolicy"
-    model = PPO(
-        policy,
+    cls = get_algorithm(algorithm)
+    head = "MultiInput" if spaces.kind(env.observation_space) == "dict" else "Mlp"
+    model = cls(
+        f"{head}LstmPolicy" if algorithm.lower() == "recurrentppo" else f"{head}Policy",
         env,
-        policy_kwargs=policy_kwargs(network, "ppo", mode="scratch", **extra),
+        policy_kwargs=policy_kwargs(network, algorithm, mode="scratch", **extra),
         seed=seed,
-        device=env.device,
+        device=rewarded.device,
         **settings,
     )
+    masks, options = _masks(algorithm, env)
     rng = np.random.default_rng([seed, 1])
-    if not session.restore(env, model):
-        env.reset()
-        for _ in range(env.bonus.warmup):
-            env.step(sample_actions(env.action_space, env.num_envs, rng))
+    if not session.restore(rewarded, model):
+        obs = env.reset()
+        for _ in range(rewarded.bonus.warmup):
+            if masks is None:
+                actions = sample_actions(env.action_space, env.num_envs, rng)
+            else:
+                # Untrained, it draws evenly among the actions that are allowed.
+                actions = cast(Any, model).predict(obs, action_masks=masks(env))[0]
+            obs = env.step(actions)[0]
             if not session.step():
                 return
-    model.learn(session.steps, callback=_Callback(session))
+    model.learn(session.steps, callback=_Callback(session), **options)
+
+
+def _masks(algorithm: str, env: VecEnv) -> tuple[Callable[[VecEnv], np.ndarray] | None, dict[str, Any]]:
+    """Returns what gives the actions that are allowed, if environments and algorithm know of it, and options to learn.
+
+    MaskablePPO wants masks of environments that have none, unless it is told not to.
+    """
+    if algorithm.lower() != "maskableppo":
+        return None, {}
+    from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+
+    supported = is_masking_supported(env)
+    return get_action_masks if supported else None, {"use_masking": supported}
 
 
 class _Session:
@@ -788,9 +1019,11 @@ class _Session:
         steps: int,
         checkpoint_every: int,
         interrupted: threading.Event,
+        goal: Mapping[str, int],
         follow: Callable[[int], None] | None = None,
     ) -> None:
         self.writer, self.steps, self.checkpoint_every = writer, steps, checkpoint_every
+        self._goal = goal
         self.folder = out / EXPLORER
         self.folder.mkdir(exist_ok=True)
         for left in self.folder.glob(".*"):
@@ -798,7 +1031,7 @@ class _Session:
             shutil.rmtree(left)
         self.recorder: Recorder
         self.env: IntrinsicReward | None = None
-        self.model: PPO | None = None
+        self.model: BaseAlgorithm | None = None
         self.coverage = Coverage()
         self.before = writer.n_transitions
         if self.before:
@@ -828,7 +1061,14 @@ class _Session:
         if self.recorder.steps >= self._next:
             self._next += self.checkpoint_every
             self.checkpoint()
+            return not self.reached
         return True
+
+    @property
+    def reached(self) -> bool:
+        """Whether coverage has reached what was to be waited for."""
+        figures = self.coverage.figures() if self._goal else {}
+        return bool(self._goal) and all(figures.get(name, 0) >= number for name, number in self._goal.items())
 
     def checkpoint(self) -> None:
         """Saves the explorer, and logs a row of coverage; the writer commits what was recorded by itself."""
@@ -842,7 +1082,7 @@ class _Session:
         runs.append_jsonl(self.folder / METRICS, row)
         self._bar.set_postfix({name: row[name] for name in ("observations", "states") if name in row})
 
-    def restore(self, env: IntrinsicReward, model: PPO) -> bool:
+    def restore(self, env: IntrinsicReward, model: BaseAlgorithm) -> bool:
         """Takes up policy and bonus as they were last saved; returns whether there were any."""
         self.env, self.model = env, model
         if not (self.folder / POLICY).exists():
@@ -911,5 +1151,5 @@ class _Callback(BaseCallback):
         return self.session.step()
 
     def _on_rollout_end(self) -> None:
-        # PPO learns from a roll-out as soon as it has ended.
+        # Algorithms learn from a roll-out as soon as it has ended.
         self.session.recorder.explorer_version += 1

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rlrep import runs
 from rlrep.collect import collect
-from rlrep.dataset import Dataset
+from rlrep.encoders import Encoder
 from rlrep.evaluate.report import Summary, report
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.finetune import finetune
@@ -51,6 +51,13 @@ class Recipe:
     """Learning an encoder from what was collected."""
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
     """Policies trained with reward, on that encoder and without it."""
+    rounds: int = 1
+    """How often to collect and pre-train. After the first time, exploration is in the features of the last encoder, and
+    the next encoder learns from all data so far."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise SettingsError(f"rounds must be at least 1, not {self.rounds}")
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -67,26 +74,34 @@ def load_recipe(path: str | Path) -> Recipe:
     return load_yaml(Recipe, path)
 
 
-def run(
-    recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str | Path | Dataset | None = None
-) -> Summary:
+def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str | Path | None = None) -> Summary:
     """Does what a recipe says, skipping stages that are done, and ends with the report.
 
     Args:
         recipe: What to do.
-        out: Folder for `data/`, `pretrain/`, `finetune/` and the report.
+        out: Folder for `data/`, `pretrain/`, `finetune/` and the report; the second round's are `data-2/` and
+            `pretrain-2/`.
         overwrite: Do every stage again.
-        data: A dataset to use, instead of collecting one.
+        data: Folder of a dataset to use, instead of collecting one in the first round.
 
     Returns:
         The report's summary.
     """
     out = Path(out)
-    if data is None:
-        print(f"[1/4] collect: {recipe.collect.steps:,} steps of {recipe.env} without reward -> {out / 'data'}")
-        data = collect(recipe.env, out=out / "data", overwrite=overwrite, **vars(recipe.collect))
-    print(f"[2/4] pretrain: {', '.join(map(str, recipe.pretrain.objectives))} -> {out / 'pretrain'}")
-    encoder = pretrain(data, out=out / "pretrain", overwrite=overwrite, **vars(recipe.pretrain))
+    folders = [] if data is None else [Path(data)]
+    encoder: Encoder | None = None
+    for i in range(1, recipe.rounds + 1):
+        suffix = f"-{i}" if i > 1 else ""
+        if data is None or i > 1:
+            folders.append(out / f"data{suffix}")
+            options = dict(vars(recipe.collect)) | ({"features": encoder} if encoder is not None else {})
+            print(f"[1/4] collect: {recipe.collect.steps:,} steps of {recipe.env} without reward -> {folders[-1]}")
+            # The same environments again would show the same again.
+            options["seed"] += i - 1
+            collect(recipe.env, out=folders[-1], overwrite=overwrite, **options)
+        trained = out / f"pretrain{suffix}"
+        print(f"[2/4] pretrain: {', '.join(map(str, recipe.pretrain.objectives))} -> {trained}")
+        encoder = pretrain(folders, out=trained, overwrite=overwrite, **vars(recipe.pretrain))
     n_runs = len(recipe.finetune.arms) * len(recipe.finetune.seeds)
     print(f"[3/4] finetune: {n_runs} runs of {recipe.finetune.steps:,} steps with reward -> {out / 'finetune'}")
     scores = finetune(recipe.env, encoder=encoder, out=out / "finetune", overwrite=overwrite, **vars(recipe.finetune))

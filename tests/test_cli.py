@@ -148,3 +148,17 @@ def test_no_arguments_shows_help() -> None:
     assert all(
         command in done.stdout for command in ("collect", "pretrain", "finetune", "report", "run", "list", "data")
     )
+
+
+def test_coverage_compares_datasets_and_features_explore(
+    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(chain)
+    options = "--explorer e3b --steps 4000 --n-envs 4 --until states=20 --checkpoint-every 80 --algorithm a2c"
+    assert main(["collect", SPEC, *options.split(), "--features", "encoder", "--out", str(tmp_path / "e3b")]) == 0
+    picture = tmp_path / "coverage.png"
+    assert main(["data", "coverage", "data", str(tmp_path / "e3b"), "--out", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "random" in printed
+    assert "e3b" in printed
+    assert picture.stat().st_size > 10_000

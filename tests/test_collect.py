@@ -19,7 +19,7 @@ from rlrep_envs import EnvSpec, make_env, make_vec_env
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
-from rlrep.collect import PPO_SETTINGS, IntrinsicReward, Recorder, _segments, collect
+from rlrep.collect import PPO_SETTINGS, IntrinsicReward, Recorder, WithContext, _segments, collect
 from rlrep.dataset import Dataset
 from rlrep.explore import Bonus, ReturnNormaliser, explorers, make_explorer
 from rlrep.registry import SpecError
@@ -346,12 +346,17 @@ def test_bonus_and_optimiser_go_on_from_their_saved_state(name: str) -> None:
 
     def build(seed: int) -> IntrinsicReward:
         torch.manual_seed(seed)
-        env = make_vec_env(GRID, 2, 0)
+        env: VecEnv = make_vec_env(GRID, 2, 0)
         bonus = make_explorer(name, env.observation_space, env.action_space, 2)
+        if bonus.context:
+            env = WithContext(env, bonus.context, np.random.default_rng(0))
         return IntrinsicReward(env, bonus, rng=np.random.default_rng(0), train_every=8)
 
     def walk(env: IntrinsicReward) -> list[float]:
         env.seed(5)
+        torch.manual_seed(5)
+        if isinstance(env.venv, WithContext):
+            env.venv._rng = np.random.default_rng(2)
         env.reset()
         env._rng = np.random.default_rng(1)
         return [x for t in range(24) for x in env.step(np.array([t % 4, t % 3]))[1].tolist()]

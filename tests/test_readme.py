@@ -58,6 +58,8 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.isfinite(float(loss.detach()))
     assert "slow/near" in metrics
     objectives._entries.pop("slow")
+    assert names["seen"].n_transitions == 1024
+    explorers._entries.pop("unlike")
 
 
 def test_commands_run(tmp_path: Path) -> None:

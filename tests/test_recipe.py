@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlrep import cli
+from rlrep import cli, runs
 from rlrep.encoders import load_encoder
 from rlrep.recipe import Recipe, _name, load_recipe, on_ray, run
 from rlrep.settings import SettingsError, dump_yaml, load_yaml
@@ -61,6 +61,22 @@ def test_a_missing_stage_is_done_again(folder: Path) -> None:
     (folder / "out" / "report.md").unlink()
     run(load_recipe(folder), folder / "out")
     assert (folder / "out" / "report.md").exists()
+
+
+def test_the_second_round_explores_in_the_features_of_the_first(folder: Path) -> None:
+    text = TINY.replace("n_envs: 4}", "n_envs: 4, explorer: e3b, settings: {n_steps: 16, batch_size: 16}}")
+    text = text.replace("[scratch, frozen]", "[frozen]").replace("[0, 1]", "[0]")
+    (folder / "recipe.yaml").write_text(text + "rounds: 2\n")
+    run(load_recipe(folder), folder / "out")
+    first, second = (runs.read_json(folder / "out" / name / "meta.json")["writers"][-1] for name in ("data", "data-2"))
+    assert first["collector"]["features"] is None
+    encoders = [load_encoder(folder / "out" / name) for name in ("pretrain", "pretrain-2")]
+    assert second["collector"]["features"]["digest"] == encoders[0].digest()
+    assert encoders[1].provenance["reward_free_steps"] == 800
+    assert "800" in (folder / "out" / "report.md").read_text()
+    (folder / "recipe.yaml").write_text(TINY + "rounds: 0\n")
+    with pytest.raises(SettingsError, match="rounds"):
+        load_recipe(folder)
 
 
 def test_round_trip_through_yaml(folder: Path, tmp_path: Path) -> None:

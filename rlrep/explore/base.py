@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from rlrep import spaces
 from rlrep.encoders import Encoder
 from rlrep.objectives import Objective
-from rlrep.registry import Registry, split_spec
-from rlrep.types import Batch, Metrics, SpaceError, Transition, Tree
+from rlrep.registry import Registry
+from rlrep.types import Batch, Metrics, SpaceError, Transition, Tree, tree_leaves, tree_map
 
 
 class Actor:
@@ -50,10 +50,10 @@ class Actor:
 class Bonus(Objective):
     """An intrinsic reward: scores transitions by how new they are. Its training loss, if it has one, is an objective.
 
-    Once a step, `watch` is called and then `reward`, with the same transition; now and then the loss, `forward`, is
-    minimised on recent segments. Episodic state belongs to an environment and starts anew where `step.first`. All
-    state must be tensors in `state_dict` (state of varying size through `get_extra_state`), so that it can be saved
-    without pickling; episodic state is left out, since whoever resumes resets the environments.
+    Once a step, `watch` is called and then `reward`, with the same transition, so that either may do the work; now and
+    then the loss, `forward`, is minimised on recent segments. Episodic state belongs to an environment and starts anew
+    where `step.first`. All state must be tensors in `state_dict` (state of varying size through `get_extra_state`), so
+    that it can be saved without pickling; episodic state is left out, since whoever resumes resets the environments.
 
     Args:
         observation_space: What the observations look like.
@@ -70,12 +70,27 @@ class Bonus(Objective):
     """How often each recent transition is learnt from."""
     warmup: int = 0
     """Random steps of each environment before the bonus is used, for running statistics to settle."""
+    scores_features: bool = True
+    """Whether it scores the features of a frozen encoder where the policy sees them. What counts exact observations
+    scores raw ones: the last bits of a feature depend on how many observations were encoded together."""
 
     def __init__(
         self, observation_space: Space, action_space: Space, n_envs: int, encoder: Encoder | None = None
     ) -> None:
         super().__init__(cast(Encoder, encoder), action_space)
         self.observation_space, self.n_envs = observation_space, n_envs
+        self.context: dict[str, Space] = {}
+        """What is drawn at the start of each episode and shown to policy and bonus beside the observation, by key."""
+
+    @property
+    def observes(self) -> Space:
+        """What the observations in its transitions look like: raw, with the context beside them if there is one."""
+        return beside(self.observation_space, self.context) if self.context else self.observation_space
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Returns what there is to train, as groups of an optimiser."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [{"params": parameters, "lr": self.learning_rate}] if parameters else []
 
     @property
     def learns(self) -> bool:
@@ -94,35 +109,21 @@ class Bonus(Objective):
         raise NotImplementedError
 
 
+def beside(space: Space, context: Mapping[str, Space]) -> gym_spaces.Dict:
+    """Returns the space of observations that have `context` beside them; one that is no Dict is under `obs`.
+
+    Raises:
+        SpaceError: A key of the context is taken.
+    """
+    parts = dict(space.spaces) if isinstance(space, gym_spaces.Dict) else {"obs": space}
+    if taken := sorted(set(parts) & set(context)):
+        raise SpaceError(f"observations have a key {taken[0]!r} already, which the explorer needs: {space}")
+    return gym_spaces.Dict({**parts, **context})
+
+
 explorers: Registry[type[Actor] | type[Bonus]] = Registry(
     "explorer", "rlrep.explore", given=("observation_space", "action_space", "n_envs")
 )
-
-
-def make_explorer(
-    spec: str | Mapping[str, Any], observation_space: Space, action_space: Space, n_envs: int
-) -> Actor | Bonus:
-    """Builds an explorer.
-
-    Args:
-        spec: `"random"`, `"count:simhash=64"`, or a mapping. What follows `"policy:"` is a path, whatever is in it,
-            unless it is written as options, `"policy:path=a.zip,deterministic=true"`.
-        observation_space: What it will see.
-        action_space: What it can do.
-        n_envs: How many environments it acts in.
-
-    Raises:
-        SpecError: No such explorer or option.
-        SpaceError: It cannot work in these spaces.
-    """
-    if isinstance(spec, str) and spec.startswith("policy:"):
-        try:
-            options = split_spec(spec)[1]
-        except ValueError:
-            options = {}
-        if "path" not in options:
-            spec = {"name": "policy", "path": spec.removeprefix("policy:")}
-    return explorers.build(spec, observation_space=observation_space, action_space=action_space, n_envs=n_envs)
 
 
 def sample_actions(space: Space, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -145,6 +146,175 @@ def sample_actions(space: Space, n: int, rng: np.random.Generator) -> np.ndarray
         drawn = rng.uniform(space.low, high, size=(n, *space.shape))
         return (np.floor(drawn) if integers else drawn).astype(space.dtype)
     raise SpaceError(f"action space {space} is not supported: use Discrete, MultiDiscrete, MultiBinary or Box")
+
+
+class Counts:
+    """How often each key was met, in several tables at once: open addressing with linear probing, in arrays.
+
+    Args:
+        n_tables: How many tables; they share nothing.
+        capacity: Slots of each to begin with, a power of two; they grow as the fullest one needs.
+    """
+
+    def __init__(self, n_tables: int = 1, capacity: int = 256) -> None:
+        self._keys = np.zeros((n_tables, capacity), np.uint64)
+        self._counts = np.zeros((n_tables, capacity), np.int64)
+        self._filled = np.zeros(n_tables, np.int64)
+
+    def add(self, keys: np.ndarray, table: np.ndarray | int = 0, count: np.ndarray | int = 1) -> None:
+        """Counts each of (N,) uint64 keys, hashes of what is counted, in its table, (N,)."""
+        keys, table = self._plain(keys, table)
+        # At most half full: chains stay short.
+        while 2 * int((self._filled + np.bincount(table, minlength=len(self._filled))).max()) > self._keys.shape[1]:
+            self._grow()
+        slot = self._slot(keys, table, insert=True)
+        fresh = self._counts[table, slot] == 0
+        if fresh.any():
+            capacity = self._keys.shape[1]
+            cells = np.unique(table[fresh] * capacity + slot[fresh])
+            self._filled += np.bincount(cells // capacity, minlength=len(self._filled))
+        np.add.at(self._counts, (table, slot), count)
+
+    def get(self, keys: np.ndarray, table: np.ndarray | int = 0) -> np.ndarray:
+        """Returns how often each of (N,) keys was counted in its table, (N,) int64."""
+        keys, table = self._plain(keys, table)
+        slot = self._slot(keys, table, insert=False)
+        return np.where(slot < 0, 0, self._counts[table, slot])
+
+    def clear(self, table: np.ndarray | int = 0) -> None:
+        """Forgets everything in these tables."""
+        self._keys[table] = 0
+        self._counts[table] = 0
+        self._filled[table] = 0
+
+    def items(self, table: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the keys and counts of a table, (M,) uint64 and int64."""
+        used = self._counts[table] > 0
+        return self._keys[table, used], self._counts[table, used]
+
+    def state(self) -> Tensor:
+        """Returns the first table as a tensor, (M, 2) int64: key and count."""
+        keys, counts = self.items()
+        return torch.from_numpy(np.stack([keys.view(np.int64), counts], axis=1))
+
+    def load(self, state: Tensor) -> None:
+        """Takes up what `state` returned."""
+        self.clear()
+        pairs = state.cpu().numpy()
+        self.add(pairs[:, 0].copy().view(np.uint64), 0, pairs[:, 1])
+
+    @staticmethod
+    def _plain(keys: np.ndarray, table: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        # 0 marks an empty slot.
+        return np.maximum(keys, np.uint64(1)), np.broadcast_to(table, keys.shape)
+
+    def _slot(self, keys: np.ndarray, table: np.ndarray, insert: bool) -> np.ndarray:
+        """Returns where each key is in its table, (N,), or -1; with `insert` none is missing afterwards."""
+        last = self._keys.shape[1] - 1
+        slot = (keys & np.uint64(last)).astype(np.int64)
+        found = np.full(len(keys), -1)
+        left = np.arange(len(keys))
+        while len(left):
+            key, at = keys[left], (table[left], slot[left])
+            if insert:
+                # Of several keys that want one empty slot the last gets it, and the others look on.
+                empty = self._keys[at] == 0
+                self._keys[at[0][empty], at[1][empty]] = key[empty]
+            there = self._keys[at]
+            hit = there == key
+            found[left[hit]] = at[1][hit]
+            left = left[~hit & (there != 0)]
+            slot[left] = (slot[left] + 1) & last
+        return found
+
+    def _grow(self) -> None:
+        table, slot = np.nonzero(self._counts)
+        keys, counts = self._keys[table, slot], self._counts[table, slot]
+        n_tables, capacity = self._keys.shape
+        self._keys = np.zeros((n_tables, 2 * capacity), np.uint64)
+        self._counts = np.zeros((n_tables, 2 * capacity), np.int64)
+        self._counts[table, self._slot(keys, table, insert=True)] = counts
+
+
+class EpisodicCounts:
+    """How often each environment met an observation in its running episode.
+
+    Args:
+        n_envs: N.
+    """
+
+    def __init__(self, n_envs: int) -> None:
+        self._counts, self._env = Counts(n_envs), np.arange(n_envs)
+
+    def watch(self, first: np.ndarray, begun: np.ndarray, keys: np.ndarray) -> None:
+        """Counts a step.
+
+        Args:
+            first: (N,) bool: which environments began an episode.
+            begun: Keys of the observations that those began with, as many as `first` has true.
+            keys: (N,) of the next observations.
+        """
+        if first.any():
+            self._counts.clear(self._env[first])
+            self._counts.add(begun, self._env[first])
+        self._counts.add(keys, self._env)
+
+    def get(self, keys: np.ndarray) -> np.ndarray:
+        """Returns the counts of (N,) keys, one an environment, (N,) int64."""
+        return self._counts.get(keys, self._env)
+
+
+def hash_tensors(obs: Tree) -> np.ndarray:
+    """Returns `rlrep.spaces.hash_rows` of (N, ...) tensors, (N,) uint64."""
+    return spaces.hash_rows(tree_map(lambda x: x.cpu().numpy(), obs))
+
+
+class Memory(nn.Module):
+    """A uniform sample of all observations ever added (Vitter 1985, algorithm R), or the latest of them.
+
+    Args:
+        space: Of one observation.
+        capacity: M, how many are kept.
+        latest: Whether the latest are kept.
+    """
+
+    seen: Tensor
+
+    def __init__(self, space: Space, capacity: int, latest: bool = False) -> None:
+        super().__init__()
+        self.capacity, self.latest = capacity, latest
+        rows = spaces.zeros(space, (capacity,))
+        # Numbers of the leaves in the shape of the observation: names of buffers allow no dots, keys do.
+        numbers = iter(range(len(tree_leaves(rows))))
+        self._numbers: Tree = tree_map(lambda leaf: next(numbers), rows)
+        for i, leaf in enumerate(tree_leaves(rows)):
+            self.register_buffer(f"rows{i}", torch.from_numpy(leaf))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return min(self.capacity, int(self.seen))
+
+    @torch.no_grad()
+    def add(self, obs: Tree) -> Tensor:
+        """Adds (n, ...) observations, and returns where each is kept, (n,), or -1."""
+        n, device = len(tree_leaves(obs)[0]), self.seen.device
+        order = self.seen + torch.arange(n, device=device)
+        if self.latest:
+            place = order % self.capacity
+        else:
+            drawn = (torch.rand(n, device=device, dtype=torch.float64) * (order + 1)).long()
+            place = torch.where(order < self.capacity, order, drawn)
+            place = torch.where(place < self.capacity, place, -1)
+        self.seen += n
+        kept = place >= 0
+        for i, leaf in enumerate(tree_leaves(obs)):
+            rows = getattr(self, f"rows{i}")
+            rows[place[kept]] = leaf[kept].to(rows.dtype)
+        return place
+
+    def rows(self, index: Tensor | slice = slice(None)) -> Tree:
+        """Returns what is kept at these places, all there is unless given, (n, ...)."""
+        return tree_map(lambda i: getattr(self, f"rows{i}")[: len(self)][index], self._numbers)
 
 
 class RunningMeanStd(nn.Module):
@@ -202,12 +372,10 @@ class ObservationNormaliser(nn.Module):
         self.space: Space = observation_space
         kind = spaces.kind(observation_space)
         if isinstance(observation_space, gym_spaces.Dict):
-            self.parts = nn.ModuleDict(
-                {key: ObservationNormaliser(sub, clip) for key, sub in observation_space.spaces.items()}
-            )
-            self.space = gym_spaces.Dict(
-                {key: cast(ObservationNormaliser, part).space for key, part in self.parts.items()}
-            )
+            self.keys = list(observation_space.spaces)
+            # A list, since a ModuleDict refuses keys such as "keys" or "arm.angle".
+            self.parts = nn.ModuleList(ObservationNormaliser(sub, clip) for sub in observation_space.spaces.values())
+            self.space = gym_spaces.Dict({key: part.space for key, part in self._parts()})
         elif isinstance(observation_space, gym_spaces.Box) and kind in ("picture", "vector"):
             self.statistics = RunningMeanStd(observation_space.shape)
             if kind == "picture":
@@ -218,18 +386,21 @@ class ObservationNormaliser(nn.Module):
     def watch(self, obs: Tree) -> None:
         """Takes (N, *obs_shape) observations into account."""
         if hasattr(self, "parts"):
-            for key, part in self.parts.items():
-                cast(ObservationNormaliser, part).watch(obs[key])
+            for key, part in self._parts():
+                part.watch(obs[key])
         elif hasattr(self, "statistics"):
             self.statistics.update(obs)
 
     def forward(self, obs: Tree) -> Tree:
         """(N, *obs_shape) raw -> the same, normalised."""
         if hasattr(self, "parts"):
-            return {key: part(obs[key]) for key, part in self.parts.items()}
+            return {key: part(obs[key]) for key, part in self._parts()}
         if hasattr(self, "statistics"):
             return self.scale * self.statistics.normalise(obs, self.clip)
         return obs
+
+    def _parts(self) -> list[tuple[str, ObservationNormaliser]]:
+        return list(zip(self.keys, cast(Any, self.parts), strict=True))
 
 
 class ReturnNormaliser(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,7 @@ from gymnasium.spaces import Space
 from torch import Tensor
 
 from rlrep import spaces
-from rlrep.explore.base import Bonus, explorers
-from rlrep.spaces import hash_rows
+from rlrep.explore.base import Bonus, Counts, EpisodicCounts, explorers, hash_tensors
 from rlrep.types import Transition, Tree, tree_leaves, tree_map
 
 
@@ -33,6 +31,7 @@ class Count(Bonus):
     """
 
     paper = "Tang et al. 2017, arXiv:1611.04717; episodic: Raileanu & Rocktäschel 2020, arXiv:2002.12292"
+    scores_features = False
     projection: Tensor | None
 
     def __init__(
@@ -50,8 +49,7 @@ class Count(Bonus):
         if simhash < 0:
             raise ValueError(f"count: simhash is a number of projections, not {simhash}")
         self.lifelong, self.episodic = lifelong, episodic
-        self._visits: Counter[int] = Counter()
-        self._episodes: list[Counter[int]] = [Counter() for _ in range(n_envs)]
+        self._visits, self._episodes = Counts(), EpisodicCounts(n_envs)
         leaves = list(spaces.leaves(observation_space).values()) if simhash else []
         self.flatten = torch.nn.ModuleList(spaces.Flatten(leaf) for leaf in leaves)
         n_numbers = sum(spaces.flat_dim(leaf) for leaf in leaves)
@@ -59,40 +57,33 @@ class Count(Bonus):
 
     def watch(self, step: Transition) -> None:
         """Counts the next observations, and those that episodes begin with."""
+        first = step.first.cpu().numpy()
         keys = self._keys(step.next_obs)
-        first = np.flatnonzero(step.first.cpu())
-        if len(first):
-            begun = self._keys(tree_map(lambda x: x[first], step.obs))
-            self._visits.update(begun)
-            for i, key in zip(first, begun, strict=True):
-                self._episodes[i] = Counter([key])
-        self._visits.update(keys)
-        for episode, key in zip(self._episodes, keys, strict=True):
-            episode[key] += 1
+        begun = self._keys(tree_map(lambda x: x[first], step.obs)) if first.any() else keys[:0]
+        self._visits.add(np.concatenate([begun, keys]))
+        self._episodes.watch(first, begun, keys)
 
     def reward(self, step: Transition) -> Tensor:
         """Returns (N,) from the counts as they are after `watch`."""
         keys = self._keys(step.next_obs)
         reward = torch.ones(len(keys))
         if self.lifelong:
-            visits = torch.tensor([self._visits[key] for key in keys], dtype=torch.float64)
-            reward = visits.clamp(min=1).rsqrt().float()
+            reward = torch.from_numpy(self._visits.get(keys)).double().clamp(min=1).rsqrt().float()
         if self.episodic:
-            again = [episode[key] > 1 for episode, key in zip(self._episodes, keys, strict=True)]
-            reward[torch.tensor(again)] = 0.0
+            reward = reward.masked_fill(torch.from_numpy(self._episodes.get(keys) > 1), 0.0)
         return reward.to(step.first.device)
 
-    def _keys(self, obs: Tree) -> list[int]:
-        """Returns what each of the N observations is counted under."""
+    def _keys(self, obs: Tree) -> np.ndarray:
+        """Returns what each of the N observations is counted under, (N,) uint64."""
         if self.projection is not None:
             flat = torch.cat([f(leaf) for f, leaf in zip(self.flatten, tree_leaves(obs), strict=True)], dim=1)
             obs = flat @ self.projection > 0
-        return hash_rows(tree_map(lambda x: x.cpu().numpy(), obs)).view(np.int64).tolist()
+        return hash_tensors(obs)
 
     def get_extra_state(self) -> Tensor:
         """Returns the lifelong counts, (M, 2): key and visits."""
-        return torch.tensor(list(self._visits.items()), dtype=torch.int64).reshape(-1, 2)
+        return self._visits.state()
 
     def set_extra_state(self, state: Any) -> None:
         """Takes up the counts that `get_extra_state` returned."""
-        self._visits = Counter(dict(state.tolist()))
+        self._visits.load(state)

@@ -25,11 +25,15 @@ SPACES: dict[str, spaces.Space] = {
 }
 ACTIONS = spaces.Discrete(5)
 BONUSES = [name for name, cls in explorers.items() if issubclass(cls, Bonus)]
+NOT_FOR_NOVELTY = {"diayn": "pays for obeying a skill that can be told"}
 
 
 def observations(space: spaces.Space, n: int, seed: int) -> Any:
     space.seed(seed)
     drawn = [space.sample() for _ in range(n)]
+    if space == SPACES["picture"]:
+        # Blocks of one colour: to a convolution all pictures of independent pixels look alike.
+        drawn = [picture[::9, ::9].repeat(9, axis=0).repeat(9, axis=1) for picture in drawn]
     return to_tensor(_stack(drawn))
 
 
@@ -45,6 +49,14 @@ def step(obs: Any, next_obs: Any, first: bool = False) -> Transition:
     return Transition(obs, torch.arange(n) % 5, next_obs, no, no, torch.full((n,), first))
 
 
+def shown(bonus: Bonus, seed: int, next_seed: int, first: bool = False, n: int = N) -> Transition:
+    """Random observations of what the bonus observes; a skill stays the same through a step."""
+    obs, next_obs = (observations(bonus.observes, n, s) for s in (seed, next_seed))
+    for key in bonus.context:
+        next_obs[key] = obs[key]
+    return step(obs, next_obs, first)
+
+
 def build(name: str, space: spaces.Space, seed: int = 0, **options: Any) -> Bonus:
     torch.manual_seed(seed)
     bonus = make_explorer({"name": name, **options}, space, ACTIONS, N)
@@ -52,16 +64,16 @@ def build(name: str, space: spaces.Space, seed: int = 0, **options: Any) -> Bonu
     return bonus
 
 
-def fit(bonus: Bonus, steps: list[Transition], updates: int = 60) -> None:
+def fit(bonus: Bonus, steps: list[Transition], updates: int) -> None:
     """Shows the steps again and again, and trains on them if there is anything to train."""
     optimizer = None
     if bonus.learns:
         optimizer = torch.optim.Adam([p for p in bonus.parameters() if p.requires_grad], lr=1e-3)
+    together = tree_map(lambda *xs: torch.cat(xs), *(vars(transition) for transition in steps))
     for i in range(updates):
-        transition = steps[i % len(steps)]
-        bonus.watch(transition)
+        bonus.watch(steps[i % len(steps)])
         if optimizer is not None:
-            loss, _ = bonus(transition.as_batch())
+            loss, _ = bonus(Transition(**together).as_batch())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -76,7 +88,7 @@ each_space = pytest.mark.parametrize("kind", SPACES)
 @each_space
 def test_reward_is_one_finite_number_an_environment_and_changes_nothing(name: str, kind: str) -> None:
     bonus = build(name, SPACES[kind])
-    transition = step(observations(SPACES[kind], N, 0), observations(SPACES[kind], N, 1), first=True)
+    transition = shown(bonus, 0, 1, first=True)
     bonus.watch(transition)
     reward = bonus.reward(transition)
     assert reward.shape == (N,)
@@ -89,21 +101,24 @@ def test_reward_is_one_finite_number_an_environment_and_changes_nothing(name: st
 @each_bonus
 @each_space
 def test_what_is_new_pays_more_than_what_is_familiar(name: str, kind: str) -> None:
+    """Familiar from training, and from earlier in the episode."""
+    if name in NOT_FOR_NOVELTY:
+        pytest.skip(NOT_FOR_NOVELTY[name])
     bonus = build(name, SPACES[kind])
-    familiar = step(observations(SPACES[kind], N, 0), observations(SPACES[kind], N, 1), first=True)
-    new = step(observations(SPACES[kind], N, 2), observations(SPACES[kind], N, 3), first=True)
-    fit(bonus, [familiar])
+    familiar, back, new = shown(bonus, 0, 1), shown(bonus, 1, 0), shown(bonus, 2, 3)
+    bonus.watch(shown(bonus, 1, 0, first=True))
+    fit(bonus, [familiar, back], updates=80)
     bonus.watch(familiar)
-    low = bonus.reward(familiar)
+    low = bonus.reward(familiar).mean()
     bonus.watch(new)
-    assert bonus.reward(new).mean() > 1.5 * low.mean()
+    assert bonus.reward(new).mean() > 1.2 * low
 
 
 @each_bonus
 @each_space
 def test_state_survives_the_disk_without_pickle(name: str, kind: str, tmp_path: Path) -> None:
     bonus = build(name, SPACES[kind])
-    transition = step(observations(SPACES[kind], N, 0), observations(SPACES[kind], N, 1), first=True)
+    transition = shown(bonus, 0, 1, first=True)
     fit(bonus, [transition], updates=5)
     save_file({key: value.contiguous() for key, value in bonus.state_dict().items()}, tmp_path / "bonus.safetensors")
     again = build(name, SPACES[kind], seed=1)
@@ -118,10 +133,10 @@ def test_state_survives_the_disk_without_pickle(name: str, kind: str, tmp_path: 
 
 @each_bonus
 def test_the_seed_decides(name: str) -> None:
-    transition = step(observations(BOARD, N, 0), observations(BOARD, N, 1), first=True)
     rewards = []
     for _ in range(2):
         bonus = build(name, BOARD, seed=7)
+        transition = shown(bonus, 0, 1, first=True)
         fit(bonus, [transition], updates=5)
         rewards.append(bonus.reward(transition))
     assert torch.equal(*rewards)
@@ -134,18 +149,20 @@ def test_the_loss_is_an_objective(name: str, kind: str) -> None:
     if not bonus.learns:
         assert bonus.encoder is None
         return
-    transition = step(observations(SPACES[kind], N, 0), observations(SPACES[kind], N, 1), first=True)
+    transition = shown(bonus, 0, 1, first=True)
     bonus.watch(transition)
     loss, metrics = bonus(transition.as_batch())
     assert loss.shape == ()
     assert torch.isfinite(loss)
     assert all(value.shape == () and not value.requires_grad for value in metrics.values())
     loss.backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in bonus.encoder.parameters())
+    trained = bonus if bonus.encoder is None else bonus.encoder
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.parameters())
     assert all(p.grad is None for p in bonus.parameters() if not p.requires_grad)
     before = float(loss.detach())
-    fit(bonus, [transition], updates=40)
-    assert float(bonus(transition.as_batch())[0].detach()) < 0.7 * before
+    fit(bonus, [transition], updates=60)
+    after = [float(bonus(transition.as_batch())[0].detach()) for _ in range(4)]
+    assert np.mean(after) < 0.8 * before
 
 
 @each_bonus
@@ -153,18 +170,20 @@ def test_padding_does_not_matter_to_the_loss(name: str) -> None:
     bonus = build(name, BOARD)
     if not bonus.learns:
         return
-    batch = step(observations(BOARD, 8, 0), observations(BOARD, 8, 1)).as_batch()
+    bonus.watch(shown(bonus, 4, 5))
+    batch = shown(bonus, 0, 1, n=8).as_batch()
     mask = torch.arange(8)[:, None] < 5
     losses = []
     for seed in (2, 3):
-        garbage = observations(BOARD, 8, seed)
-        obs = tree_map(
-            lambda x, g: torch.where(
-                mask[:, 0].view(-1, 1, 1, 1, 1) | (torch.arange(2) == 0).view(1, 2, 1, 1, 1), x, g[:, None]
-            ),
-            batch.obs,
-            garbage,
-        )
+        garbage = observations(bonus.observes, 8, seed)
+
+        def spoilt(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+            x = x.clone()
+            x[5:, 1] = g[5:]
+            return x
+
+        obs = tree_map(spoilt, batch.obs, garbage)
+        torch.manual_seed(0)
         losses.append(bonus(Batch(obs, batch.action, batch.terminated, mask, batch.first))[0])
     assert torch.equal(*losses)
 
@@ -172,20 +191,30 @@ def test_padding_does_not_matter_to_the_loss(name: str) -> None:
 @each_bonus
 def test_an_episode_begins_where_first_says_so_and_nowhere_else(name: str) -> None:
     """Where a new episode began, and only there, a visit pays as it would in a new episode."""
-    bonus = build(name, BOARD)
-    a, b = observations(BOARD, N, 0), observations(BOARD, N, 1)
-    there = step(a, b, first=True)
-    bonus.watch(there)
-    bonus.watch(step(b, a))
-    again = step(a, b)
+    bonus, all_new, none_new = (build(name, BOARD) for _ in range(3))
+    there, back, again = shown(bonus, 0, 1, first=True), shown(bonus, 1, 0), shown(bonus, 0, 1)
+    fresh = shown(bonus, 0, 1, first=True)
     began = torch.tensor([True, False, True, False])
-    mixed = Transition(a, again.action, b, again.terminated, again.truncated, began)
-    all_new = build(name, BOARD)
-    for transition in (there, step(b, a), step(a, b, first=True)):
-        all_new.watch(transition)
-    none_new = build(name, BOARD)
-    for transition in (there, step(b, a), again):
-        none_new.watch(transition)
-    bonus.watch(mixed)
-    expected = torch.where(began, all_new.reward(there), none_new.reward(again))
-    assert torch.allclose(bonus.reward(mixed), expected, rtol=0.2, atol=1e-6)
+    mixed = Transition(again.obs, again.action, again.next_obs, again.terminated, again.truncated, began)
+    rewards = []
+    for each, last in ((bonus, mixed), (all_new, fresh), (none_new, again)):
+        torch.manual_seed(0)
+        for transition in (there, back, last):
+            each.watch(transition)
+        rewards.append(each.reward(last))
+    expected = torch.where(began, rewards[1], rewards[2])
+    assert torch.allclose(rewards[0], expected, rtol=0.2, atol=1e-6)
+
+
+def test_what_remembers_the_episode_pays_again_in_a_new_one() -> None:
+    """The contract above would hold too if nothing ever began anew."""
+    for name in ("count:lifelong=false", "ride", "noveld", "e3b", "deir"):
+        torch.manual_seed(0)
+        bonus = make_explorer(name, BOARD, ACTIONS, N)
+        paid = []
+        for first in (True, False, False, True):
+            transition = shown(bonus, 0, 1, first)
+            bonus.watch(transition)
+            paid.append(float(bonus.reward(transition).mean()))
+        assert paid[2] < 0.8 * paid[0], name
+        assert paid[3] == pytest.approx(paid[0], rel=0.05), name
