@@ -52,6 +52,71 @@ def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
     return 2 - 2 * F.cosine_similarity(prediction.float(), target.float(), dim=-1)
 
 
+def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """(..., D) -> (...) nats from a diagonal Gaussian to the standard one (VAE, arXiv:1312.6114)."""
+    if mean.shape != log_variance.shape:
+        raise ValueError(f"mean {tuple(mean.shape)} and log_variance {tuple(log_variance.shape)} differ in shape")
+    mean, log_variance = mean.float(), log_variance.float()
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=-1)
+
+
+def variance_covariance(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The two terms of VICReg against collapse (arXiv:2105.04906).
+
+    Args:
+        values: (N, D).
+        mask: (N,) bool; masked rows do not count.
+
+    Returns:
+        How far the deviation of each of the D falls short of 1, on average, 0-d; the squared covariances of different
+        ones, summed and divided by D, 0-d.
+    """
+    n = mask.sum()
+    centred = _centred(values.float(), mask)
+    covariance = _product(centred, centred) / (n - 1).clamp(min=1)
+    deviation = (covariance.diagonal() + 1e-4).sqrt()
+    return (1 - deviation).relu().mean(), _off_diagonal(covariance).square().sum() / values.shape[1]
+
+
+def barlow(one: Tensor, other: Tensor, mask: Tensor, redundancy: float) -> tuple[Tensor, Tensor]:
+    """Barlow Twins (arXiv:2103.03230): the cross-correlation of two views should be the identity.
+
+    Args:
+        one: (N, D) of one view.
+        other: (N, D) of the other view.
+        mask: (N,) bool; masked rows do not count.
+        redundancy: Weight of the entries off the diagonal.
+
+    Returns:
+        The loss, 0-d, and the mean correlation of a feature with itself, 0-d.
+    """
+    if one.shape != other.shape:
+        raise ValueError(f"the views have shapes {tuple(one.shape)} and {tuple(other.shape)}; they must be the same")
+    n = mask.sum().clamp(min=1)
+    views = [_centred(view.float(), mask) for view in (one, other)]
+    views = [view / (view.square().sum(dim=0) / n + 1e-5).sqrt() for view in views]
+    correlation = _product(*views) / n
+    diagonal = correlation.diagonal()
+    loss = (1 - diagonal).square().sum() + redundancy * _off_diagonal(correlation).square().sum()
+    return loss, diagonal.mean()
+
+
+def _centred(values: Tensor, mask: Tensor) -> Tensor:
+    """(N, D) less the mean of the rows that count; the others are 0."""
+    kept = torch.where(mask[:, None], values, torch.zeros((), device=values.device))
+    return torch.where(mask[:, None], values - kept.sum(dim=0) / mask.sum().clamp(min=1), torch.zeros_like(kept))
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """(N, D), (N, D) -> (D, D), in single precision whatever autocast says: sums of N in bfloat16 have two digits."""
+    with torch.autocast(one.device.type, enabled=False):
+        return one.T @ other
+
+
+def _off_diagonal(square: Tensor) -> Tensor:
+    return square - torch.diag(square.diagonal())
+
+
 def action_loss(space: Space, output: Tensor, action: Tensor) -> Tensor:
     """How badly `output` predicts `action`: cross-entropy where actions are discrete, squared error where continuous.
 

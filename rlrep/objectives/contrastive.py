@@ -7,7 +7,7 @@ from gymnasium.spaces import Space
 from torch import Tensor, nn
 
 from rlrep import losses, nets
-from rlrep.augment import PictureAugment
+from rlrep.augment import Augment
 from rlrep.encoders import Encoder
 from rlrep.objectives.base import Objective, objectives
 from rlrep.types import Batch, Metrics, tree_map
@@ -52,7 +52,7 @@ class ATC(Objective):
             raise ValueError(f"atc: tau must lie above 0 and not above 1, not {tau}")
         self.span = lag + anchors - 1
         self.lag, self.tau = lag, tau
-        self.augment = PictureAugment(encoder.observation_space, shift=shift)
+        self.augment = Augment(encoder.observation_space, shift=shift)
         self.project = nn.Sequential(nn.Linear(encoder.features_dim, projection_dim), nn.LayerNorm(projection_dim))
         self.residual = nets.mlp([projection_dim, hidden, projection_dim])
         self.bilinear = nn.Linear(projection_dim, projection_dim, bias=False)

@@ -214,7 +214,7 @@ def test_unknown_names_options_and_widths_are_errors() -> None:
         make_encoder("grid:features_dim=0", BOARD)
     with pytest.raises(SpecError, match="Did you mean 'image'"):
         make_encoder({"name": "dict", "keys": {"imag": "grid"}}, SPACES["dict"])
-    with pytest.raises(SpaceError, match="36x36, not 10x10; use 'mlp'"):
+    with pytest.raises(SpaceError, match="36x36, not 10x10; use 'impala', 'vit' or 'mlp'"):
         make_encoder("nature", SPACES["small-picture"])
 
 
@@ -245,13 +245,13 @@ def test_a_dict_key_may_have_its_own_encoder_and_keeps_it(tmp_path: Path) -> Non
 def test_tokens_ignore_the_padding_after_a_sentence() -> None:
     encoder = build("tokens", WORDS)
     # A bias that would make the padding win every maximum.
-    torch.nn.init.constant_(encoder.convolution.bias, 0.5)
+    torch.nn.init.constant_(encoder.convolutions[0].bias, 0.5)
     with torch.no_grad():
-        encoder.convolution.weight[:, :, 1].abs_().neg_()
+        encoder.convolutions[0].weight[:, :, 1].abs_().neg_()
         encoder.embedding.weight[1:].abs_()
     words = torch.zeros(1, 32, 5)
     words[0, :, 1:4] = encoder.embedding.weight[[5, 7, 9]].T
-    expected = encoder.head(torch.nn.functional.conv1d(words, *encoder.convolution.parameters()).amax(dim=2).relu())
+    expected = encoder.head(torch.nn.functional.conv1d(words, *encoder.convolutions.parameters()).amax(dim=2).relu())
     torch.testing.assert_close(encoder(torch.tensor([[5, 7, 9, 0, 0, 0, 0, 0, 0]])), expected)
     assert encoder(torch.zeros(1, 9, dtype=torch.int64)).isfinite().all()
 
