@@ -7,8 +7,7 @@ from gymnasium.spaces import Space
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlrep import spaces
-from rlrep.distributed import rows
+from rlrep import distributed, spaces
 from rlrep.types import Tree
 
 MASKED_SYMBOL = 255
@@ -45,16 +44,16 @@ class Augment(nn.Module):
     ) -> None:
         super().__init__()
         if shift < 0 or intensity < 0 or cutout < 0:
-            raise ValueError(
-                f"shift, intensity and cutout must not be negative, not {shift}, {intensity} and {cutout}"
-            )
+            raise ValueError(f"shift, intensity and cutout must not be negative, not {shift}, {intensity} and {cutout}")
         if not 0 <= mask_cells < 1:
             raise ValueError(f"mask_cells must be a fraction from 0 to below 1, not {mask_cells}")
         self.shift, self.intensity, self.cutout = shift, intensity, cutout
         self.mask_cells, self.consistent = mask_cells, consistent
         leaves = spaces.leaves(space)
         of_kind = {path: spaces.kind(leaf) for path, leaf in leaves.items()}
-        self._pictures = {path for path, kind in of_kind.items() if kind == "picture" and (shift or intensity or cutout)}
+        self._pictures = {
+            path for path, kind in of_kind.items() if kind == "picture" and (shift or intensity or cutout)
+        }
         self._boards = {path for path, kind in of_kind.items() if kind == "grid" and mask_cells}
         self._last = {path: spaces.channels_last(leaves[path]) for path in self._pictures}  # type: ignore[arg-type]
 
@@ -75,7 +74,7 @@ class Augment(nn.Module):
         return (self._board(x, repeats) if path in self._boards else self._picture(x, repeats, path)).reshape(obs.shape)
 
     def _board(self, x: Tensor, repeats: int) -> Tensor:
-        drawn = rows(lambda n: torch.rand(n, *x.shape[1:3], 1, device=x.device), len(x) // repeats)
+        drawn = distributed.rows(lambda n: torch.rand(n, *x.shape[1:3], 1, device=x.device), len(x) // repeats)
         return x.masked_fill((drawn < self.mask_cells).repeat_interleave(repeats, dim=0), MASKED_SYMBOL)
 
     def _picture(self, x: Tensor, repeats: int, path: str) -> Tensor:
@@ -84,7 +83,7 @@ class Augment(nn.Module):
         if self.shift:
             x = self._shifted(x, repeats)
         if self.intensity:
-            noise = rows(lambda n: torch.randn(n, 1, 1, 1, device=x.device), n // repeats).clamp(-2, 2)
+            noise = distributed.rows(lambda n: torch.randn(n, 1, 1, 1, device=x.device), n // repeats).clamp(-2, 2)
             x = (x * (1 + self.intensity * noise.repeat_interleave(repeats, dim=0))).clamp(0, 255)
         if self.cutout:
             down, across = (
@@ -95,14 +94,16 @@ class Augment(nn.Module):
 
     def _hidden(self, n: int, size: int, device: torch.device) -> Tensor:
         """(n, size) bool: the rows, or columns, of a square that lies within the picture."""
-        start = rows(lambda n: torch.randint(0, max(size - self.cutout, 0) + 1, (n, 1), device=device), n)
+        start = distributed.rows(lambda n: torch.randint(0, max(size - self.cutout, 0) + 1, (n, 1), device=device), n)
         place = torch.arange(size, device=device)
         return (place >= start) & (place < start + self.cutout)
 
     def _shifted(self, x: Tensor, repeats: int) -> Tensor:
         n, _, height, width = x.shape
         padded = F.pad(x, (self.shift,) * 4, mode="replicate")
-        drawn = rows(lambda n: torch.randint(0, 2 * self.shift + 1, (n, 2, 1), device=x.device), n // repeats)
+        drawn = distributed.rows(
+            lambda n: torch.randint(0, 2 * self.shift + 1, (n, 2, 1), device=x.device), n // repeats
+        )
         dy, dx = drawn.repeat_interleave(repeats, dim=0).unbind(dim=1)
         down = (torch.arange(height, device=x.device) + dy)[:, None, :, None]
         across = (torch.arange(width, device=x.device) + dx)[:, None, None, :]

@@ -25,12 +25,13 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return kept.sum() * distributed.shares() / distributed.total(mask.sum()).clamp(min=1)
 
 
-def info_nce(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def info_nce(logits: Tensor, mask: Tensor, negatives: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Contrastive cross-entropy with the positives on the diagonal (CPC, arXiv:1807.03748).
 
     Args:
         logits: (N, N) score of anchor i with candidate j.
         mask: (N,) bool; a masked row is neither an anchor nor a negative.
+        negatives: (N, N) bool, which candidates anchor i is to be told from; all that are not masked unless given.
 
     Returns:
         The loss, 0-d, and the fraction of anchors whose positive scores highest, 0-d.
@@ -38,7 +39,10 @@ def info_nce(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     n = len(mask)
     if logits.shape != (n, n):
         raise ValueError(f"logits have shape {tuple(logits.shape)}; {n} pairs need ({n}, {n})")
-    logits = logits.masked_fill(~mask[None, :], -1e9).masked_fill(~mask[:, None], 0.0)
+    left_out = ~mask[None, :]
+    if negatives is not None:
+        left_out = left_out | ~(negatives | torch.eye(n, dtype=torch.bool, device=logits.device))
+    logits = logits.masked_fill(left_out, -1e9).masked_fill(~mask[:, None], 0.0)
     target = torch.arange(n, device=logits.device)
     loss = masked_mean(F.cross_entropy(logits, target, reduction="none"), mask)
     return loss, masked_mean((logits.argmax(dim=1) == target).float(), mask)

@@ -60,7 +60,7 @@ class PictureDecoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-norm transformer blocks, (B, n, width) tokens -> the same, normalised (arXiv:1706.03762, arXiv:2002.04745)."""
+    """Transformer blocks that normalise first, as in arXiv:2002.04745: (B, n, width) tokens -> the same."""
 
     def __init__(self, layers: int, width: int, heads: int) -> None:
         super().__init__()
@@ -83,9 +83,9 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, tokens: Tensor, sees: Tensor | None) -> Tensor:
-        qkv = self.to_qkv(self.norms[0](tokens)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.to_qkv(self.norms[0](tokens)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mask = None if sees is None else sees[:, None]
-        found = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         tokens = tokens + self.out(found.transpose(1, 2).flatten(2))
         return tokens + self.mlp(self.norms[1](tokens))
 

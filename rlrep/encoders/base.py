@@ -73,7 +73,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         self.observation_space = observation_space
         self.features_dim = features_dim
         self.feature_map: tuple[int, int, int] | None = None
-        """(rows, columns, channels) of spatial features, which are laid out in this order; None where there are none."""
+        """(rows, columns, channels) of spatial features, laid out in this order; None where the places are gone."""
         self.provenance: dict[str, Any] = {}
         """What it learnt from: environment spec, data digest, objectives, versions. Saved with it."""
 

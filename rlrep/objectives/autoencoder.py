@@ -11,8 +11,7 @@ from gymnasium.spaces import Space
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlrep import losses, nets, spaces
-from rlrep.distributed import rows
+from rlrep import distributed, losses, nets, spaces
 from rlrep.encoders import Encoder
 from rlrep.objectives.base import Objective, objectives
 from rlrep.types import Batch, Metrics, Tree, tree_map
@@ -227,7 +226,7 @@ class VAE(Objective):
         # Without noise in evaluation: the held-out loss should not jump.
         code = mean
         if self.training:
-            noise = rows(lambda n: torch.randn(n, mean.shape[1], device=mean.device), len(mean))
+            noise = distributed.rows(lambda n: torch.randn(n, mean.shape[1], device=mean.device), len(mean))
             code = mean + (0.5 * log_variance).exp() * noise
         error = self.reconstruct(code, obs).mean()
         divergence = losses.gaussian_kl(mean, log_variance).mean()

@@ -6,8 +6,7 @@ import torch
 from gymnasium.spaces import Space
 from torch import Tensor
 
-from rlrep import losses, nets, spaces
-from rlrep.distributed import gather
+from rlrep import distributed, losses, nets, spaces
 from rlrep.encoders import Encoder
 from rlrep.objectives.base import Objective, objectives
 from rlrep.types import Batch, Metrics
@@ -82,7 +81,7 @@ class Forward(Objective):
         action, mask = self.embed_action(self.actions(batch)[:, 0]), batch.mask[:, 0]
         predicted = now + self.predict(torch.cat([now, action], dim=-1))
         error = losses.masked_mean((predicted - following).float().square().mean(dim=1), mask)
-        variance, covariance = losses.variance_covariance(gather(now.float()), gather(mask))
+        variance, covariance = losses.variance_covariance(distributed.gather(now.float()), distributed.gather(mask))
         weights = self.weights
         loss = weights[0] * error + weights[1] * variance + weights[2] * covariance
         return loss, {"error": error.detach(), "variance": variance.detach(), "covariance": covariance.detach()}

@@ -6,8 +6,7 @@ import torch
 from gymnasium.spaces import Space
 from torch import Tensor, nn
 
-from rlrep import losses, nets, spaces
-from rlrep.distributed import rows
+from rlrep import distributed, losses, nets, spaces
 from rlrep.encoders import Encoder
 from rlrep.objectives.autoencoder import Reconstruction, check_rarity
 from rlrep.objectives.base import Objective, objectives
@@ -80,8 +79,8 @@ def _drawing_error(reconstruct: Reconstruction, context: Tensor, obs: Tree, wher
 class GPT(Objective):
     """Draws the next observation from all features and actions of the segment so far.
 
-    A causal transformer as in GPT, whose tokens are features and actions in turn. Only the encoder's features go on to a
-    policy; the transformer is there to make them worth predicting from.
+    A causal transformer as in GPT, whose tokens are features and actions in turn. Only the encoder's features go on to
+    a policy; the transformer is there to make them worth predicting from.
 
     Args:
         encoder: The encoder to shape.
@@ -171,7 +170,7 @@ class MTM(Objective):
         actions = self.actions(batch)[:, : self.span]
         observed, acted = self.trajectory.embed(self.features(batch, self.span + 1), actions)
         n = 2 * self.span + 1
-        hidden = rows(lambda b: torch.rand(b, n, device=mask.device), len(mask)) < self.ratio
+        hidden = distributed.rows(lambda b: torch.rand(b, n, device=mask.device), len(mask)) < self.ratio
         hidden_obs, hidden_actions = hidden[:, 0::2], hidden[:, 1::2]
         observed = torch.where(hidden_obs[..., None], self.hidden_observation.to(observed.dtype), observed)
         acted = torch.where(hidden_actions[..., None], self.hidden_action.to(acted.dtype), acted)

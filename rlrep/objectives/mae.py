@@ -9,9 +9,8 @@ from gymnasium import spaces as gym_spaces
 from gymnasium.spaces import Space
 from torch import Tensor, nn
 
-from rlrep import spaces
+from rlrep import distributed, spaces
 from rlrep.augment import MASKED_PIXEL, MASKED_SYMBOL
-from rlrep.distributed import gather, rows
 from rlrep.encoders import Encoder
 from rlrep.objectives.autoencoder import Reconstruction, check_rarity
 from rlrep.objectives.base import Objective, objectives
@@ -62,11 +61,11 @@ class Masking(nn.Module):
                 return self._swap(space, obs)
 
     def _drawn(self, obs: Tensor, *shape: int) -> Tensor:
-        return rows(lambda n: torch.rand(n, *shape, device=obs.device), len(obs)) < self.ratio
+        return distributed.rows(lambda n: torch.rand(n, *shape, device=obs.device), len(obs)) < self.ratio
 
     def _swap(self, space: Space, obs: Tensor) -> tuple[Tensor, Tensor]:
         numbers = obs.reshape(len(obs), -1)
-        other = gather(numbers)[rows(lambda n: torch.randperm(n, device=obs.device), len(obs))]
+        other = distributed.gather(numbers)[distributed.rows(lambda n: torch.randperm(n, device=obs.device), len(obs))]
         swapped = torch.where(self._drawn(obs, numbers.shape[1]), other, numbers).reshape(obs.shape)
         return swapped, torch.ones(len(obs), spaces.flat_dim(space), dtype=torch.bool, device=obs.device)
 

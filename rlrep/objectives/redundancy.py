@@ -5,9 +5,8 @@ from __future__ import annotations
 from gymnasium.spaces import Space
 from torch import Tensor
 
-from rlrep import losses, nets
+from rlrep import distributed, losses, nets
 from rlrep.augment import Augment
-from rlrep.distributed import gather
 from rlrep.encoders import Encoder
 from rlrep.objectives.base import Objective, objectives
 from rlrep.types import Batch, Metrics, tree_map
@@ -60,7 +59,7 @@ class TwoViews(Objective):
         else:
             features = self.features(batch, self.lag + 1)[:, both]
         one, other = self.project(features).float().unbind(dim=1)
-        return gather(one), gather(other), gather(mask)
+        return distributed.gather(one), distributed.gather(other), distributed.gather(mask)
 
 
 @objectives.register("vicreg")

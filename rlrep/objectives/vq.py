@@ -6,7 +6,7 @@ import torch
 from gymnasium.spaces import Space
 from torch import Tensor, nn
 
-from rlrep.distributed import gather, total
+from rlrep import distributed
 from rlrep.encoders import Encoder
 from rlrep.objectives.autoencoder import Reconstruction, check_rarity
 from rlrep.objectives.base import Objective, objectives
@@ -47,12 +47,12 @@ class Codebook(nn.Module):
         vectors = vectors.float()
         if not self.training:
             return self._nearest(vectors)
-        self._revive(gather(vectors))
+        self._revive(distributed.gather(vectors))
         index = self._nearest(vectors)
         counts = torch.bincount(index, minlength=len(self.codes)).to(vectors.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, index, vectors)
-        self.counts.lerp_(total(counts), 1 - self.decay)
-        self.sums.lerp_(total(sums), 1 - self.decay)
+        self.counts.lerp_(distributed.total(counts), 1 - self.decay)
+        self.sums.lerp_(distributed.total(sums), 1 - self.decay)
         self.codes.copy_(self.sums / self.counts.clamp(min=1e-6)[:, None])
         return index
 

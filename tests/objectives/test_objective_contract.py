@@ -208,7 +208,8 @@ def test_a_batch_with_little_in_it_is_finite(name: str, lengths: tuple[int, ...]
 
 @each_space
 def test_the_loss_falls_on_one_batch(name: str, space: str) -> None:
-    objective = build(name, space)
+    # The pictures are noise, and noise that is shifted is other noise.
+    objective = build(f"{name}:shift=0" if "shift" in objectives.options(name) else name, space)
     losses = fit(objective, segments(objective.span, space, lengths=(9, 9, 9, 9, 9, 9, 2, 1)), updates=40)
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
 
