@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlrep.collect import collect
+from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import Summary, report
 from rlrep.finetune import finetune
 from rlrep.pretrain import pretrain
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from typing import Any as Collect
     from typing import Any as Finetune
     from typing import Any as Pretrain
+    from typing import Any as Probe
 else:
     Collect = settings_of(collect, omit=("env", "out", "overwrite"), name="Collect")
     Pretrain = settings_of(pretrain, omit=("data", "out", "overwrite"), name="Pretrain")
+    Probe = settings_of(probe, omit=("encoder", "data"), name="Probe")
     Finetune = settings_of(finetune, omit=("env", "encoder", "out", "overwrite"), name="Finetune")
 
 

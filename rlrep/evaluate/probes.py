@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ import torch
 from gymnasium import spaces as gym_spaces
 from gymnasium.spaces import Space
 from rich.table import Table
+from rlrep_envs import EnvSpec
 from torch import Tensor
 from torch.nn import functional as F
 
 from rlrep import spaces
 from rlrep.dataset import Dataset
-from rlrep.encoders import Encoder, make_encoder
+from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.collapse import collapse, participation_ratio
 from rlrep.registry import nearest
 from rlrep.types import DatasetError, RlrepError, Tree, to_tensor, tree_map
@@ -213,12 +215,13 @@ class Prober:
         parts = [slice(0, fit), slice(None)]
         targets = [[label.targets(part) for label in labels] for part in parts]
         # Rows lie in the order of episodes, so that those set aside are of other episodes, but for one.
-        trials = [_ridge(train[:fit], targets[0], train[fit:], strength) for strength in STRENGTHS]
+        trials = _ridge(train[:fit], targets[0], train[fit:], STRENGTHS)
         best = [
             max(range(len(STRENGTHS)), key=lambda s, i=i: labels[i].score(trials[s][i], labels[i].train[fit:]))  # type: ignore[misc]
             for i in range(len(labels))
         ]
-        final = {s: _ridge(train, targets[1], test, STRENGTHS[s]) for s in set(best)}
+        chosen = sorted(set(best))
+        final = dict(zip(chosen, _ridge(train, targets[1], test, [STRENGTHS[s] for s in chosen]), strict=True))
         return {names[i]: labels[i].score(final[s][i], labels[i].test) for i, s in enumerate(best)}
 
     def _knn(self, train: Tensor, test: Tensor, k: int) -> dict[str, float]:
@@ -231,13 +234,19 @@ class Prober:
 
 
 def probe(
-    encoder: Encoder, data: Dataset, *, n: int = 4_000, k: int = 10, held_out: float = 0.2, seed: int = 0
+    encoder: Encoder | str | Path,
+    data: Dataset | str | Path | Sequence[str | Path],
+    *,
+    n: int = 4_000,
+    k: int = 10,
+    held_out: float = 0.2,
+    seed: int = 0,
 ) -> Probes:
     """Probes frozen features for every factor and the next action, on held-out episodes, and describes them.
 
     Args:
-        encoder: Any encoder; it is not changed.
-        data: With factors, as `collect` records them where the environment has some.
+        encoder: Any encoder, which is not changed, or its folder.
+        data: With factors, as `collect` records them where the environment has some; or its folder, or several.
         n: Observations to fit on; half as many to score on.
         k: Neighbours that vote.
         held_out: Share of the episodes that are scored on.
@@ -246,7 +255,14 @@ def probe(
     Raises:
         DatasetError: There is one episode only, or nothing in the data can be probed.
         SpaceError: The encoder was made for other observations.
+        RunError: There is no encoder there.
     """
+    encoder = load_encoder(encoder)
+    if not isinstance(data, Dataset):
+        paths = [data] if isinstance(data, str | Path) else data
+        opened = Dataset(*paths)
+        stack = EnvSpec.parse(opened.env_spec).frame_stack if opened.env_spec else 1
+        data = opened if stack == 1 else Dataset(*paths, frame_stack=stack)
     return Prober(data, n, held_out, seed).probe(encoder, k)
 
 
@@ -309,9 +325,7 @@ def _raw(space: Space, obs: Tree) -> Tensor:
     if isinstance(space, gym_spaces.Dict):
         return torch.cat([_raw(sub, obs[key]) for key, sub in space.spaces.items()], dim=1)
     if spaces.kind(space) in ("grid", "tokens"):
-        symbols = obs.long().flatten(1)
-        values = symbols.unique()
-        return (symbols[:, :, None] == values).flatten(1).float() if len(values) <= MOST_CLASSES else symbols.float()
+        return F.one_hot(obs.long().flatten(1).clamp(max=MOST_CLASSES - 1), MOST_CLASSES).flatten(1).float()
     return spaces.Flatten(space)(obs)
 
 
@@ -324,20 +338,23 @@ def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     return tuple((x[:, varies] - mean[varies]) / std[varies] for x in (train, test))  # type: ignore[return-value]
 
 
-def _ridge(train: Tensor, targets: Sequence[Tensor], test: Tensor, strength: float) -> list[Tensor]:
-    """Returns what ridge regressions of the targets, with intercepts, give for the test rows."""
+def _ridge(train: Tensor, targets: Sequence[Tensor], test: Tensor, strengths: Sequence[float]) -> list[list[Tensor]]:
+    """Returns, for each strength, what ridge regressions of the targets, with intercepts, give for the test rows."""
     n, dim = train.shape
     y = torch.cat(list(targets), dim=1)
     offset, mean = train.mean(dim=0), y.mean(dim=0)
     x, y = train - offset, y - mean
     # The smaller of the two equivalent systems.
-    gram = x.T @ x if dim <= n else x @ x.T
-    gram = gram + strength * n * torch.eye(len(gram))
-    factor = torch.linalg.cholesky(gram.double())
-    right = (x.T @ y if dim <= n else y).double()
-    solved = torch.cholesky_solve(right, factor).float()
-    weights = solved if dim <= n else x.T @ solved
-    return list(((test - offset) @ weights + mean).split([target.shape[1] for target in targets], dim=1))
+    primal = dim <= n
+    gram = (x.T @ x if primal else x @ x.T).double()
+    right = (x.T @ y if primal else y).double()
+    found = []
+    for strength in strengths:
+        factor = torch.linalg.cholesky(gram + strength * n * torch.eye(len(gram), dtype=gram.dtype))
+        solved = torch.cholesky_solve(right, factor).float()
+        output = (test - offset) @ (solved if primal else x.T @ solved) + mean
+        found.append(list(output.split([target.shape[1] for target in targets], dim=1)))
+    return found
 
 
 def _count(obs: Tree) -> int:
