@@ -16,8 +16,7 @@ import shutil
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -64,39 +63,41 @@ class Sink(Protocol):
     """What takes recorded episodes: a `DatasetWriter`, or anything else with its `add`."""
 
     def add(self, episode: Episode) -> object:
-        """Takes one whole episode, whose arrays nobody else holds."""
+        """Takes one whole episode; its arrays are overwritten once this has returned."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Block:
-    """Consecutive steps of all environments, time first; a row's observation is what its action was taken on."""
+class _Lanes:
+    """Steps of the running episodes, a lane of `capacity` rows an environment, one after the other."""
 
     obs: Tree
-    """(BLOCK, N, *obs_shape)"""
+    """(N * capacity, *obs_shape): what a row's action was taken on, and the last one that an episode led to."""
     action: np.ndarray
-    """(BLOCK, N, *action_shape)"""
+    """(N * capacity, *action_shape)"""
     reward: np.ndarray
-    """(BLOCK, N)"""
+    """(N * capacity,)"""
     factors: dict[str, np.ndarray]
-    """(BLOCK, N) each"""
+    """(N * capacity,) each, of the state that `obs` shows."""
 
 
 class Recorder(VecEnvWrapper):
     """Hands every episode of N environments to a sink, raw and whole, and changes nothing of what passes through.
 
-    A step costs one copy of what N environments said, whatever N; an episode is cut out when it ends. Steps are held in
-    memory until the longest running episode ends, so an episode that outgrows `memory` is cut in pieces, each recorded
-    as truncated. So are the episodes that run when the recorder is reset or finished.
+    A step costs one copy of what N environments said, whatever N, and an episode is handed on without another.
+    Steps are held in memory until then, so an episode that outgrows `memory` is cut in pieces, each recorded as
+    truncated. So are the episodes that run when the recorder is reset or finished.
 
     Args:
         venv: Raw environments; one that ends an episode resets in the same step and leaves the last observation in
-            `infos`, as all of Stable-Baselines3's do. Ground truth is taken from `factors` in their infos.
+            `infos`, as all of Stable-Baselines3's do. Ground truth is taken from their attribute `factors`, as
+            `rlrep_envs.SyncVecEnv` has it, or else from `factors` in their infos.
         sink: What takes the episodes.
         seed: Of the first environment, the next ones having the next numbers; recorded with the episodes.
         memory: Bytes that unfinished episodes may take, all environments together.
     """
 
-    BLOCK = 64
+    CAPACITY = 64
+    """Rows of a lane at first; it doubles when an episode outgrows it."""
 
     def __init__(self, venv: VecEnv, sink: Sink, *, seed: int = -1, memory: int = 2**29) -> None:
         super().__init__(venv)
@@ -106,136 +107,144 @@ class Recorder(VecEnvWrapper):
         self.steps = 0
         """Steps taken since this was made, all environments together."""
         row = sum(leaf.nbytes for leaf in tree_leaves(spaces.zeros(venv.observation_space, (venv.num_envs,))))
-        self.longest = max(self.BLOCK, memory // row)
+        self.longest = max(self.CAPACITY, memory // row)
         """Steps after which an episode is cut."""
-        self._factor_dtypes: dict[str, np.dtype] = {}
-        self._blocks: deque[_Block] = deque()
-        self._spare: _Block | None = None
-        """A block whose steps are all recorded, to be used again: fresh memory costs as much as filling it."""
-        self._oldest = self._now = 0
-        self._start = np.zeros(venv.num_envs, np.int64)
+        self._lanes: _Lanes | None = None
+        self._capacity = self.CAPACITY
+        self._length = np.zeros(venv.num_envs, np.int64)
+        """Steps of each running episode."""
+        self._starts = np.arange(venv.num_envs) * self._capacity
 
     def reset(self) -> VecEnvObs:
         """Resets the environments; episodes that were running are recorded as truncated."""
         self.finish()
         obs = self.venv.reset()
-        factors = [info.get("factors", {}) for info in self.venv.unwrapped.reset_infos]
-        self._factor_dtypes = {name: np.asarray(value).dtype for name, value in factors[0].items()}
-        self._blocks.clear()
-        self._spare = None
-        self._oldest = self._now
+        factors = ground_truth(self.venv)
+        if self._lanes is None:
+            self._lanes = self._new_lanes({name: values.dtype for name, values in factors.items()})
         self._put(obs, factors)
         return obs
 
     def step_async(self, actions: np.ndarray) -> None:
         """Notes the actions, and passes them on."""
-        block, row = self._at(self._now)
-        block.action[row] = actions
+        assert self._lanes is not None, "reset comes first"
+        self._lanes.action[self._rows()] = actions
         self.venv.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
         """Notes what the environments say, and passes it on."""
         obs, rewards, dones, infos = self.venv.step_wait()
-        block, row = self._at(self._now)
-        block.reward[row] = rewards
-        factors = [info["factors"] for info in infos] if self._factor_dtypes else []
-        ended = np.flatnonzero(dones).tolist()
-        for i in ended:
-            truncated = bool(infos[i].get("TimeLimit.truncated", False))
-            last = (_last_observation(infos[i]), factors[i] if factors else {})
-            self._emit(i, self._now + 1, last, terminated=not truncated, truncated=truncated)
-            if factors:
-                factors[i] = self.venv.unwrapped.reset_infos[i]["factors"]
-        self._now += 1
-        self._start[ended] = self._now
+        assert self._lanes is not None
+        self._lanes.reward[self._rows()] = rewards
         self.steps += self.num_envs
-        self._put(obs, factors)
-        for i in np.flatnonzero(self._now - self._start >= self.longest).tolist():
+        self._length += 1
+        if self._length.max() == self._capacity:
+            self._grow()
+        for i in np.flatnonzero(dones).tolist():
+            truncated = bool(infos[i].get("TimeLimit.truncated", False))
+            self._end(i, _last_observation(infos[i]), infos[i].get("factors", {}), not truncated, truncated)
+        self._put(obs, ground_truth(self.venv, infos, dones))
+        for i in np.flatnonzero(self._length >= self.longest).tolist():
             self._cut(i)
-        while self._oldest + self.BLOCK <= self._start.min():
-            self._spare = self._blocks.popleft()
-            self._oldest += self.BLOCK
         return obs, rewards, dones, infos
 
     def finish(self) -> None:
         """Records the episodes that are still running, as truncated."""
-        for i in np.flatnonzero(self._now > self._start).tolist():
+        for i in np.flatnonzero(self._length).tolist():
             self._cut(i)
+
+    def _rows(self) -> np.ndarray:
+        """Returns where each environment's current step lies, (N,)."""
+        return self._starts + self._length
+
+    def _put(self, obs: VecEnvObs, factors: Mapping[str, np.ndarray]) -> None:
+        """Notes what is observed now, and its ground truth."""
+        assert self._lanes is not None
+        rows = self._rows()
+
+        def put(lanes: np.ndarray, values: np.ndarray) -> None:
+            lanes[rows] = values
+
+        tree_map(put, self._lanes.obs, obs)
+        for name, lanes in self._lanes.factors.items():
+            lanes[rows] = factors[name]
 
     def _cut(self, i: int) -> None:
         """Records what environment `i` did until now as an episode; it goes on with another."""
-        block, row = self._at(self._now)
-        last = (tree_map(lambda x: x[row, i], block.obs), {name: x[row, i] for name, x in block.factors.items()})
-        self._emit(i, self._now, last, terminated=False, truncated=True)
-        self._start[i] = self._now
+        assert self._lanes is not None
+        row = self._rows()[i]
+        obs = tree_map(lambda lanes: lanes[row].copy(), self._lanes.obs)
+        factors = {name: lanes[row] for name, lanes in self._lanes.factors.items()}
+        self._end(i, obs, factors, False, True)
 
-    def _emit(
-        self, i: int, end: int, last: tuple[Tree, Mapping[str, Any]], *, terminated: bool, truncated: bool
-    ) -> None:
-        """Hands on the episode of environment `i` that began at its start, ended before `end` and led to `last`."""
-        start = int(self._start[i])
-        length = end - start
-        parts = [
-            self._rows(block, slice(max(start - begin, 0), min(end - begin, self.BLOCK)), i)
-            for begin, block in zip(range(self._oldest, end, self.BLOCK), self._blocks, strict=False)
-            if begin + self.BLOCK > start
-        ]
+        def begin(lanes: np.ndarray, value: np.ndarray) -> None:
+            lanes[i * self._capacity] = value
 
-        def joined(*rows: np.ndarray) -> np.ndarray:
-            return np.concatenate(rows)
+        tree_map(begin, self._lanes.obs, obs)
+        tree_map(begin, self._lanes.factors, factors)
 
-        def closed(rows: np.ndarray, at_end: Any, *more: np.ndarray) -> np.ndarray:
-            out = np.empty((length + 1, *rows.shape[1:]), rows.dtype)
-            np.concatenate([rows, *more], out=out[:length])
-            out[length] = at_end
-            return out
+    def _end(self, i: int, obs: Tree, factors: Mapping[str, Any], terminated: bool, truncated: bool) -> None:
+        """Hands on the episode of environment `i`, which led to these; its lane is free again."""
+        assert self._lanes is not None
+        start, length = i * self._capacity, int(self._length[i])
 
-        first, *others = parts
-        last_obs, last_factors = last
+        def close(lanes: np.ndarray, value: Any) -> np.ndarray:
+            lanes[start + length] = value
+            return lanes[start : start + length + 1]
+
         self.sink.add(
             Episode(
-                obs=tree_map(closed, first.obs, last_obs, *(part.obs for part in others)),
-                action=joined(*(part.action for part in parts)),
-                reward=joined(*(part.reward for part in parts)),
+                obs=tree_map(close, self._lanes.obs, obs),
+                action=self._lanes.action[start : start + length],
+                reward=self._lanes.reward[start : start + length],
                 terminated=terminated,
                 truncated=truncated,
-                factors=tree_map(closed, first.factors, last_factors, *(part.factors for part in others)),
+                factors=tree_map(close, self._lanes.factors, factors),
                 info={"seed": self.seeds[i], "env_index": i, "explorer_version": self.explorer_version},
             )
         )
+        self._length[i] = 0
 
-    @staticmethod
-    def _rows(block: _Block, rows: slice, i: int) -> _Block:
-        """Returns a part of what environment `i` did, time first, sharing memory."""
-        return _Block(*(tree_map(lambda x: x[rows, i], getattr(block, f.name)) for f in dataclasses.fields(_Block)))
-
-    def _at(self, t: int) -> tuple[_Block, int]:
-        """Returns the block that holds a point in time, and its row there."""
-        index, row = divmod(t - self._oldest, self.BLOCK)
-        return self._blocks[index], row
-
-    def _put(self, obs: VecEnvObs, factors: list[Mapping[str, Any]]) -> None:
-        """Notes what is observed now, and its ground truth."""
-        if self._now - self._oldest == len(self._blocks) * self.BLOCK:
-            self._blocks.append(self._spare or self._new_block())
-            self._spare = None
-        block, row = self._at(self._now)
-
-        def put(target: np.ndarray, value: np.ndarray) -> None:
-            target[row] = value
-
-        tree_map(put, block.obs, obs)
-        for name, values in block.factors.items():
-            values[row] = [found[name] for found in factors]
-
-    def _new_block(self) -> _Block:
-        leading = (self.BLOCK, self.num_envs)
-        return _Block(
-            obs=spaces.zeros(self.venv.observation_space, leading),
-            action=cast(np.ndarray, spaces.zeros(self.venv.action_space, leading)),
-            reward=np.zeros(leading, np.float32),
-            factors={name: np.zeros(leading, dtype) for name, dtype in self._factor_dtypes.items()},
+    def _new_lanes(self, dtypes: Mapping[str, np.dtype]) -> _Lanes:
+        rows = self.num_envs * self._capacity
+        return _Lanes(
+            obs=spaces.zeros(self.venv.observation_space, (rows,)),
+            action=cast(np.ndarray, spaces.zeros(self.venv.action_space, (rows,))),
+            reward=np.zeros(rows, np.float32),
+            factors={name: np.zeros(rows, dtype) for name, dtype in dtypes.items()},
         )
+
+    def _grow(self) -> None:
+        """Makes lanes of twice as many rows, and moves what there is into them."""
+        old, capacity = cast(_Lanes, self._lanes), self._capacity
+        self._capacity = 2 * capacity
+        self._starts = self._starts * 2
+        self._lanes = self._new_lanes({name: lanes.dtype for name, lanes in old.factors.items()})
+
+        def move(new: np.ndarray, lanes: np.ndarray) -> None:
+            shape = (self.num_envs, -1, *lanes.shape[1:])
+            new.reshape(shape)[:, :capacity] = lanes.reshape(shape)
+
+        for field in dataclasses.fields(_Lanes):
+            tree_map(move, getattr(self._lanes, field.name), getattr(old, field.name))
+
+
+def ground_truth(
+    venv: VecEnv, infos: Sequence[Mapping[str, Any]] = (), dones: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Returns the ground truth of what environments show now, (N,) arrays by name; empty where there is none.
+
+    Args:
+        venv: Environments that gather it in their attribute `factors`, or leave it in infos.
+        infos: What the last step returned; nothing after a reset.
+        dones: (N,) bool, as the last step returned them.
+    """
+    gathered = getattr(venv.unwrapped, "factors", None)
+    if gathered is not None:
+        return gathered
+    now = [reset if dones is None or dones[i] else infos[i] for i, reset in enumerate(venv.unwrapped.reset_infos)]
+    found = [info.get("factors", {}) for info in now]
+    return {name: np.array([factors[name] for factors in found]) for name in found[0]}
 
 
 def _last_observation(info: Mapping[str, Any]) -> Tree:
@@ -510,7 +519,7 @@ def collect(
         ppo = _ppo_settings(settings, built)
         venv.seed(first_seed)
         venv.reset()
-        factor_names = list(venv.unwrapped.reset_infos[0].get("factors", {}))
+        factor_names = list(ground_truth(venv))
         venv.seed(first_seed)
         interrupted = stack.enter_context(_deferred_interrupt())
         writer = stack.enter_context(
@@ -650,8 +659,7 @@ class _Session:
         return True
 
     def checkpoint(self) -> None:
-        """Commits what was recorded, saves the explorer, and logs a row of coverage."""
-        self.writer.flush()
+        """Saves the explorer, and logs a row of coverage; the writer commits what was recorded by itself."""
         row = self.coverage.figures() | {"seconds": round(time.perf_counter() - self._started, 3)}
         if self.env is not None and self.model is not None:
             row |= self.env.metrics
@@ -679,6 +687,7 @@ class _Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         try:
             if kind is None or kind is KeyboardInterrupt:
+                self.writer.flush()
                 self.checkpoint()
         finally:
             self._bar.close()

@@ -9,12 +9,14 @@ from rlrep_envs.frame_stack import FrameStack
 from rlrep_envs.make import make_env, make_vec_env
 from rlrep_envs.spec import EnvSpec, join_spec, split_spec
 from rlrep_envs.tinygrid import TinyGrid
+from rlrep_envs.vec_env import SyncVecEnv
 
 __all__ = [
     "Background",
     "EnvSpec",
     "FrameStack",
     "NoisyTV",
+    "SyncVecEnv",
     "TinyGrid",
     "join_spec",
     "make_env",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import traceback
@@ -11,11 +12,12 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.envs.registration import load_env_creator
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 
 from rlrep_envs.distractions import Background, NoisyTV
 from rlrep_envs.frame_stack import FrameStack
 from rlrep_envs.spec import EnvSpec, nearest
+from rlrep_envs.vec_env import Draw, SyncVecEnv
 
 
 def make_env(spec: str | Mapping[str, Any] | EnvSpec, factors: bool = True) -> gym.Env:
@@ -60,7 +62,7 @@ def make_vec_env(
         spec: As for `make_env`.
         n_envs: How many.
         seed: The first one's seed; the next have `seed + 1`, `seed + 2` and so on.
-        factors: Whether MiniGrid's ground truth goes into `infos` and `reset_infos`, under `factors`.
+        factors: Whether MiniGrid's ground truth goes into the environments' `factors` and, under that name, into infos.
 
     Raises:
         ValueError: As `make_env`, or `n_envs` below 1.
@@ -69,15 +71,23 @@ def make_vec_env(
     if n_envs < 1:
         raise ValueError(f"n_envs={n_envs} is not at least 1")
 
+    draw: Draw | None = None
+    single = spec
+    if spec.obs == "rgb" and spec.distraction is None:
+        from rlrep_envs.minigrid import render_symbols
+
+        # Symbols of all environments are drawn together.
+        draw, single = render_symbols, dataclasses.replace(spec, obs="grid")
+
     def member(i: int) -> Callable[[], gym.Env]:
         def make() -> gym.Env:
-            env = Monitor(make_env(spec, factors))
+            env = Monitor(make_env(single, factors))
             env.action_space.seed(seed + i)
             return env
 
         return make
 
-    venv: VecEnv = DummyVecEnv([member(i) for i in range(n_envs)])
+    venv: VecEnv = SyncVecEnv([member(i) for i in range(n_envs)], draw)
     if spec.frame_stack > 1:
         venv = FrameStack(venv, spec.frame_stack)
     venv.seed(seed)

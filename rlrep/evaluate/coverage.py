@@ -8,10 +8,10 @@ import numpy as np
 
 from rlrep.dataset import Dataset
 from rlrep.explore.base import hash_rows
-from rlrep.types import Episode, tree_leaves, tree_map
+from rlrep.types import Episode
 
-CHUNK = 2**20
-"""Bytes of observations that are hashed together: many short episodes, or one long one."""
+CHUNK = 2**14
+"""Rows of ground truth that are taken together: those of many short episodes, or of a long one."""
 
 
 class Distinct:
@@ -48,24 +48,26 @@ class Coverage:
         self.steps = self.episodes = self.goals = 0
         self._observations, self._states = Distinct(), Distinct()
         self._factors: dict[str, Distinct] = {}
-        self._pending: list[Episode] = []
+        self._pending: list[dict[str, np.ndarray]] = []
         self._n_pending = 0
 
     def add(self, *episodes: Episode) -> None:
-        """Takes episodes into account."""
+        """Takes episodes into account; nothing of them is held on to."""
         for episode in episodes:
             self.steps += len(episode)
             self.episodes += 1
             self.goals += bool((episode.reward > 0).any())
-            self._pending.append(episode)
-            self._n_pending += sum(leaf.nbytes for leaf in tree_leaves(episode.obs))
+            self._observations.add(hash_rows(episode.obs))
+            if episode.factors:
+                self._pending.append({name: values.copy() for name, values in sorted(episode.factors.items())})
+                self._n_pending += len(episode) + 1
             if self._n_pending >= CHUNK:
-                self._hash()
+                self._merge()
 
     def figures(self) -> dict[str, Any]:
         """Returns plain JSON values: `steps`, `episodes`, `mean_length`, `goal_fraction`, `observations` and, where
         there is ground truth, `states` and `factors`, the number of values that each factor took."""
-        self._hash()
+        self._merge()
         figures: dict[str, Any] = {
             "steps": self.steps,
             "episodes": self.episodes,
@@ -78,20 +80,15 @@ class Coverage:
             figures["factors"] = {name: len(values) for name, values in self._factors.items()}
         return figures
 
-    def _hash(self) -> None:
+    def _merge(self) -> None:
+        """Takes the ground truth that waits into account."""
         if not self._pending:
             return
-
-        def together(*parts: np.ndarray) -> np.ndarray:
-            return np.concatenate(parts) if len(parts) > 1 else parts[0]
-
-        self._observations.add(hash_rows(tree_map(together, *(episode.obs for episode in self._pending))))
-        factors = tree_map(together, *(episode.factors for episode in self._pending))
-        if factors:
-            self._states.add(hash_rows(factors))
-            for name, values in factors.items():
-                self._factors.setdefault(name, Distinct()).add(hash_rows(values))
+        factors = {name: np.concatenate([part[name] for part in self._pending]) for name in self._pending[0]}
         self._pending, self._n_pending = [], 0
+        self._states.add(hash_rows(factors))
+        for name, values in factors.items():
+            self._factors.setdefault(name, Distinct()).add(hash_rows(np.unique(values)))
 
 
 def coverage(data: Dataset, points: int = 20) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
+import xxhash
 from gymnasium import spaces as gym_spaces
 from gymnasium.spaces import Space
 from torch import Tensor, nn
@@ -148,50 +149,24 @@ def sample_actions(space: Space, n: int, rng: np.random.Generator) -> np.ndarray
     raise SpaceError(f"action space {space} is not supported: use Discrete, MultiDiscrete, MultiBinary or Box")
 
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-CACHE = 2**17
-"""Bytes hashed at once: what passes over them takes four times as long outside the processor's cache."""
-
-
 def hash_rows(tree: Tree) -> np.ndarray:
-    """Returns a 64-bit hash of each row's bytes, (N,) uint64, the same on every machine of one byte order.
-
-    Every 8 bytes are masked by their place, mixed by MurmurHash3's finaliser and summed.
+    """Returns a 64-bit hash (XXH3) of each row's bytes, (N,) uint64.
 
     Args:
         tree: (N, ...) array, or a dict of them; the order of its keys does not matter.
     """
-    leaves = _sorted_leaves(tree)
-    total = np.zeros(len(leaves[0]), np.uint64)
-    for leaf in leaves:
-        rows = np.ascontiguousarray(leaf).reshape(len(leaf), math.prod(leaf.shape[1:])).view(np.uint8)
-        n_words = -(-rows.shape[1] // 8)
-        places = _mix(np.arange(1, n_words + 1, dtype=np.uint64) * GOLDEN)
-        block = np.zeros((max(1, CACHE // (8 * n_words)), 8 * n_words), np.uint8)
-        for start in range(0, len(rows), len(block)):
-            part = rows[start : start + len(block)]
-            block[: len(part), : rows.shape[1]] = part
-            words = block[: len(part)].view(np.uint64)
-            at = slice(start, start + len(part))
-            # Mixing the total in between keeps one leaf from being taken for another.
-            total[at] = _mix(total[at] + GOLDEN + _mix(words ^ places).sum(axis=1, dtype=np.uint64))
-    return total
+    parts = [
+        np.ascontiguousarray(leaf).reshape(len(leaf), math.prod(leaf.shape[1:])).view(np.uint8)
+        for leaf in _sorted_leaves(tree)
+    ]
+    rows = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, rows), np.uint64, len(rows))
 
 
 def _sorted_leaves(tree: Tree) -> list[Any]:
     if isinstance(tree, Mapping):
         return [leaf for key in sorted(tree) for leaf in _sorted_leaves(tree[key])]
     return [tree]
-
-
-def _mix(x: Any) -> Any:
-    """MurmurHash3's 64-bit finaliser: a bijection under which every bit of the input moves every bit of the output."""
-    x = x ^ (x >> np.uint64(33))
-    x *= np.uint64(0xFF51AFD7ED558CCD)
-    x ^= x >> np.uint64(33)
-    x *= np.uint64(0xC4CEB9FE1A85EC53)
-    x ^= x >> np.uint64(33)
-    return x
 
 
 class RunningMeanStd(nn.Module):

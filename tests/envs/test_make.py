@@ -172,6 +172,7 @@ def test_members_are_seeded_one_after_the_other_and_factors_belong_to_their_obse
         single, info = env.reset(seed=7 + i)
         np.testing.assert_array_equal(obs[i], single)
         assert venv.reset_infos[i]["factors"] == info["factors"]
+        assert {name: values[i] for name, values in venv.factors.items()} == info["factors"]
     rng = np.random.default_rng(0)
     ended = 0
     for _ in range(70):
@@ -188,7 +189,38 @@ def test_members_are_seeded_one_after_the_other_and_factors_belong_to_their_obse
                 single, info = env.reset()
                 assert venv.reset_infos[i]["factors"] == info["factors"]
             np.testing.assert_array_equal(obs[i], single)
+            assert {name: values[i] for name, values in venv.factors.items()} == info["factors"]
     assert ended >= 9
+
+
+@pytest.mark.parametrize("spec", ["MiniGrid-DoorKey-5x5-v0:obs=rgb", "BabyAI-GoToLocal-v0:obs=rgb"])
+def test_pictures_drawn_together_are_those_drawn_one_by_one(spec: str) -> None:
+    spec += ",max_steps=9"
+    venv, singles = make_vec_env(spec, n_envs=3, seed=7), [make_env(spec) for _ in range(3)]
+    assert venv.observation_space == singles[0].observation_space
+
+    def check(found: Any, expected: Any) -> None:
+        parts = found if isinstance(found, dict) else {"image": found}
+        for key, part in (expected if isinstance(expected, dict) else {"image": expected}).items():
+            np.testing.assert_array_equal(parts[key], part)
+
+    def row(obs: Any, i: int) -> Any:
+        return {key: part[i] for key, part in obs.items()} if isinstance(obs, dict) else obs[i]
+
+    obs = venv.reset()
+    for i, env in enumerate(singles):
+        check(row(obs, i), env.reset(seed=7 + i)[0])
+    rng = np.random.default_rng(0)
+    for step in range(1, 28):
+        actions = rng.integers(3, size=3)
+        obs, _, dones, infos = venv.step(actions)
+        assert dones.any() or step % 9
+        for i, env in enumerate(singles):
+            single = env.step(actions[i])[0]
+            if dones[i]:
+                check(infos[i]["terminal_observation"], single)
+                single = env.reset()[0]
+            check(row(obs, i), single)
 
 
 def test_minigrid_is_imported_only_where_it_is_used() -> None:
