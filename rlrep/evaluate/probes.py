@@ -1,8 +1,8 @@
 """Probes: what can be read off frozen features, on episodes that the probe has not seen.
 
-Closed-form linear probes and k nearest neighbours of ground-truth factors and of the next action, beside the same of raw
-observations and of an untrained encoder: features are worth something where they beat both. A high score alone says
-little; a random encoder of a wide picture can have one too.
+Closed-form linear probes and k nearest neighbours of ground-truth factors and of the next action, beside the same of
+raw observations and of an untrained encoder: features are worth something where they beat both. A high score alone says
+little: a random encoder can have one too.
 """
 
 from __future__ import annotations
@@ -270,9 +270,9 @@ def describe(features: Tensor, following: Tensor) -> dict[str, float]:
     """Describes (N, D) features of observations and of those one step later.
 
     Returns:
-        What `collapse` returns; `participation_ratio`; `alignment`, the mean squared distance of consecutive ones on the
-        unit sphere; `uniformity`, the logarithm of the mean Gaussian potential of all pairs, -4 at best and 0 where all
-        are one (arXiv:2005.10242).
+        What `collapse` returns; `participation_ratio`; `alignment`, the mean squared distance of consecutive ones on
+        the unit sphere; `uniformity`, the logarithm of the mean Gaussian potential of all pairs, -4 at best and 0 where
+        all are one (arXiv:2005.10242).
     """
     here, there = (F.normalize(x.float(), dim=1) for x in (features, following))
     distances = torch.pdist(here[:: max(len(here) // N_PAIRS, 1)])
