@@ -13,7 +13,6 @@ import dataclasses
 import inspect
 import json
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -521,7 +520,7 @@ def collect(
         venv.reset()
         factor_names = list(ground_truth(venv))
         venv.seed(first_seed)
-        interrupted = stack.enter_context(_deferred_interrupt())
+        interrupted = stack.enter_context(runs.deferred_interrupt())
         writer = stack.enter_context(
             DatasetWriter(
                 out,
@@ -728,24 +727,3 @@ class _Callback(BaseCallback):
     def _on_rollout_end(self) -> None:
         # PPO learns from a roll-out as soon as it has ended.
         self.session.recorder.explorer_version += 1
-
-
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Holds Ctrl-C back: the event says that it came, so that nothing is cut short. A second one stops at once."""
-    asked = threading.Event()
-    # Python delivers signals to the main thread, and lets no other handle them.
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -671,11 +671,12 @@ def _available_memory() -> int:
 
 
 def _parse_budget(budget: str | int) -> int:
-    """Returns bytes: of `"auto"`, half of the available memory; of `"2GB"`, 2 x 10^9."""
+    """Returns bytes: of `"auto"`, half of the available memory, shared by `torchrun`'s processes; of `"2GB"`, 2e9."""
     if isinstance(budget, int) and budget >= 0:
         return budget
     if budget == "auto":
-        return _available_memory() // 2
+        # Under torchrun the processes of a machine open the data side by side.
+        return _available_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if isinstance(budget, str) and (m := re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B", budget, re.IGNORECASE)):
         return int(float(m[1]) * (1024 if m[3] else 1000) ** " KMGT".index(m[2].upper() or " "))
     raise ValueError(f"budget {budget!r} is not a size: use 'auto', '2GB', '500MiB', or a number of bytes")
@@ -832,6 +833,16 @@ def _stacked_space(space: Space, k: int, name: str = "obs") -> Space:
     return spaces.Box(low, high, dtype=cast(Any, box.dtype).type)
 
 
+def _stack(space: Space, frame_stack: int) -> Space:
+    """Returns the space of `frame_stack` observations stacked."""
+    if frame_stack < 1:
+        raise ValueError(f"a stack of {frame_stack} frames is not possible; it takes at least 1")
+    stacked = _stacked_space(space, frame_stack)
+    if frame_stack > 1 and stacked == space:
+        raise ValueError(f"frames are stacked where there is a Box to observe, and here it is {space}")
+    return stacked
+
+
 class Dataset:
     """Recorded episodes of one or several folders, read as one.
 
@@ -851,26 +862,20 @@ class Dataset:
     def __init__(self, *paths: str | Path, budget: str | int = "auto", frame_stack: int = 1) -> None:
         if not paths:
             raise ValueError("a Dataset needs at least one folder")
-        if frame_stack < 1:
-            raise ValueError(f"a stack of {frame_stack} frames is not possible; it takes at least 1")
         self.paths = [Path(path) for path in paths]
-        self.frame_stack = frame_stack
-        self._store = _Store(self.paths, _parse_budget(budget))
+        self.budget = _parse_budget(budget)
+        """Bytes of memory for rows."""
+        self._store = _Store(self.paths, self.budget)
         meta = self._store.folders[0].meta
         self.action_space: Space = from_json(meta["action_space"])
         """Of one action, as the environment took it."""
         self._raw_space = from_json(meta["observation_space"])
-        self.observation_space: Space = self._raw_space
+        self.frame_stack = frame_stack
+        self.observation_space: Space = _stack(self._raw_space, frame_stack)
         """Of one observation, frame-stacked where that was asked for."""
         self.env_spec: Any = meta["env_spec"]
         """What makes the environment, as it was given to the writer."""
         self.factor_names: list[str] = meta["factors"]
-        if frame_stack > 1:
-            self.observation_space = _stacked_space(self._raw_space, frame_stack)
-            if self.observation_space == self._raw_space:
-                raise ValueError(
-                    f"frames are stacked where there is a Box to observe, and here it is {self._raw_space}"
-                )
         self._view(np.arange(len(self._store.table["start"])))
 
     def _view(self, episodes: np.ndarray) -> None:
@@ -959,10 +964,10 @@ class Dataset:
         view._view(self._episodes[np.asarray(episodes, dtype=np.int64)])
         return view
 
-    def unstacked(self) -> Dataset:
-        """Returns this view with observations as they were recorded, one frame each."""
+    def stacked(self, frame_stack: int) -> Dataset:
+        """Returns this view with `frame_stack` frames in one observation; with 1 they are as they were recorded."""
         view = self.select(np.arange(self.n_episodes))
-        view.frame_stack, view.observation_space = 1, self._raw_space
+        view.frame_stack, view.observation_space = frame_stack, _stack(self._raw_space, frame_stack)
         return view
 
     def split(self, held_out: float, rng: np.random.Generator) -> tuple[Dataset, Dataset]:
@@ -989,7 +994,7 @@ class Dataset:
 
     # -- reading
 
-    def sample(self, batch_size: int, span: int, rng: np.random.Generator) -> Batch:
+    def sample(self, batch_size: int, span: int, rng: np.random.Generator, share: tuple[int, int] = (0, 1)) -> Batch:
         """Returns random segments of `span` transitions; every transition is equally likely to be a first step.
 
         Past the end of an episode `mask` is false, observations repeat the last one and actions are zeros. The reward
@@ -999,10 +1004,11 @@ class Dataset:
             batch_size: B, segments.
             span: T, transitions in a segment.
             rng: Where the randomness comes from.
+            share: (i, n) returns only the i-th of n equal shares of the segments, and reads no others.
         """
         if batch_size < 1 or span < 1:
             raise ValueError(f"batch_size={batch_size} and span={span} must both be at least 1")
-        step = rng.integers(self.n_transitions, size=batch_size)
+        step = np.split(rng.integers(self.n_transitions, size=batch_size), share[1])[share[0]]
         episode = np.searchsorted(self._ends, step, side="right")
         start = self._start[episode][:, None]
         last = start + self._length[episode][:, None]

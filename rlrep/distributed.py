@@ -13,8 +13,12 @@ In one process, and outside of `sharing`, all of these do nothing. A test holds 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-from collections.abc import Callable, Iterator
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,7 +26,39 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlrep.types import RunError
+
 _sharing = False
+
+
+def join(device: torch.device) -> None:
+    """Joins the processes that `torchrun` started, if it did and nobody has: by nccl on a GPU, else by gloo.
+
+    They stay joined to the end, for they can join only once.
+    """
+    if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+
+
+def local_device(name: str) -> torch.device:
+    """Returns the device called `name`; `auto` is a GPU if there is one, and each process of a machine takes its own.
+
+    Raises:
+        RunError: There are fewer GPUs than processes on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and dist.is_available() and dist.is_torchelastic_launched():
+        index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if index >= count:
+            raise RunError(
+                f"process {index} of this machine has no GPU, for there are {count}: "
+                f"start {count} with --nproc-per-node, or name the device cpu"
+            )
+        torch.cuda.set_device(index)
+        name = f"cuda:{index}"
+    return torch.device(name)
 
 
 def rank() -> int:
@@ -33,6 +69,51 @@ def rank() -> int:
 def world_size() -> int:
     """Returns how many processes there are, 1 without `torchrun`."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _device() -> str:
+    """Where the ranks can exchange tensors."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def broadcast(data: bytes, source: int = 0) -> bytes:
+    """Returns on every rank what the rank `source` passed."""
+    if world_size() == 1:
+        return data
+    size = torch.tensor(len(data), device=_device())
+    dist.broadcast(size, source)
+    content = torch.empty(int(size), dtype=torch.uint8, device=_device())
+    if rank() == source and data:
+        content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    dist.broadcast(content, source)
+    return content.cpu().numpy().tobytes()
+
+
+def anywhere(here: bool) -> bool:
+    """Returns on every rank whether any rank says so."""
+    if world_size() == 1:
+        return here
+    said = torch.tensor(float(here), device=_device())
+    dist.all_reduce(said)
+    return bool(said)
+
+
+def check_agreement(settings: Mapping[str, Any]) -> None:
+    """Compares plain JSON settings over the ranks.
+
+    Raises:
+        RunError: A rank has others than rank 0, on every rank.
+    """
+    mine = json.dumps({"host": socket.gethostname(), "settings": settings}).encode()
+    first, *others = [json.loads(broadcast(mine, source)) for source in range(world_size())]
+    for number, other in enumerate(others, start=1):
+        here, there = first["settings"], other["settings"]
+        if different := [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]:
+            lines = [f"{key} is {there.get(key)!r} there, and {here.get(key)!r} on rank 0" for key in different]
+            raise RunError(
+                f"rank {number} on {other['host']} disagrees with rank 0 on {first['host']}: {'; '.join(lines)}. "
+                "Every process must be given the same settings and data."
+            )
 
 
 @contextlib.contextmanager
@@ -85,6 +166,23 @@ def total(x: Tensor) -> Tensor:
         x = x.detach().clone()
         dist.all_reduce(x)
     return x
+
+
+def mean(x: Tensor) -> Tensor:
+    """Returns the mean of `x` over the ranks, without gradient."""
+    return total(x) / shares() if _sharing else x
+
+
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Replaces each tensor by its mean over the ranks, all in one message.
+
+    A `DistributedDataParallel` around the objective would do it too, but it has to be told which parameters a batch
+    does not reach, and warns of being told in vain; an encoder's gradients are a few megabytes.
+    """
+    if _sharing and tensors:
+        flat = mean(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def rows(draw: Callable[[int], Tensor], n: int) -> Tensor:

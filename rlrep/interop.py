@@ -77,7 +77,7 @@ def export(
         DatasetError: Something is there already, or the id is not one that Minari allows.
         ImportError: Minari is not installed.
     """
-    dataset = dataset.unstacked()
+    dataset = dataset.stacked(1)
     match format:
         case "minari":
             return _export_minari(dataset, out, overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
@@ -13,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rlrep_envs import EnvSpec
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from rlrep import runs
+from rlrep import distributed, runs
 from rlrep.dataset import Dataset
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.collapse import collapse, has_collapsed
@@ -49,6 +50,7 @@ def pretrain(
     frame_stack: int | None = None,
     precision: Precision = "auto",
     device: str = "auto",
+    budget: str | int = "auto",
     log_every: int = 250,
     checkpoint_every: int = 1_000,
     overwrite: bool = False,
@@ -58,6 +60,9 @@ def pretrain(
     The same call on an unfinished folder resumes it, with the result of an unbroken run; on a finished one it returns
     the encoder that is there.
 
+    Called by every process that `torchrun` started, it shares each batch among them, with the losses and the encoder
+    of one process that has the whole batch. The first process writes; each gets the encoder.
+
     Args:
         data: A dataset, its folder, or several folders.
         out: Run folder: the encoder in `encoder/`, `metrics.jsonl`, TensorBoard logs, a checkpoint while it runs.
@@ -65,7 +70,7 @@ def pretrain(
             `ae` on pictures is some hundred times smaller than the others.
         encoder: Encoder spec; `auto` picks by the kind of observation.
         updates: Gradient steps.
-        batch_size: Segments in a batch.
+        batch_size: Segments in a batch, shared equally where there are several processes.
         learning_rate: Peak rate of AdamW, reached after `warmup` updates, then a cosine down to zero.
         weight_decay: Of AdamW.
         warmup: Updates of linear warm-up; at most a tenth of all is used.
@@ -76,6 +81,8 @@ def pretrain(
         frame_stack: Frames in one observation; what the environment spec of the data says unless given.
         precision: `auto` is bfloat16 where the machine computes convolutions faster in it.
         device: `auto` is a GPU if there is one.
+        budget: Memory for data in each process: `auto` (half of what is available), `2GB`, or a number of bytes. A
+            `Dataset` has its own.
         log_every: Updates between rows of metrics.
         checkpoint_every: Updates between checkpoints.
         overwrite: Start again, throwing away what another run left in `out`.
@@ -86,71 +93,90 @@ def pretrain(
     Raises:
         SpecError: Unknown objective, encoder or option.
         DatasetError: The data is missing, damaged, empty, or has too few episodes to hold any out.
-        RunError: `out` is taken by something else, or the loss is not finite.
+        RunError: `out` is taken by something else, the loss is not finite, or processes were started with other
+            settings or data than the first.
     """
     for name, value in {"updates": updates, "batch_size": batch_size, "log_every": log_every}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out is a fraction of the episodes, from 0 to below 1, not {held_out}")
-    dataset = _open(data, frame_stack)
-    torch_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    objectives = [objectives] if isinstance(objectives, str | Mapping) else list(objectives)
-    settings = {
-        "objectives": objectives,
-        "encoder": encoder,
-        "updates": updates,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "warmup": warmup,
-        "clip": clip,
-        "held_out": held_out,
-        "seed": seed,
-        "frame_stack": dataset.frame_stack,
-        "precision": precision,
-        "data_digest": dataset.digest,
-    }
+    torch_device = distributed.local_device(device)
+    distributed.join(torch_device)
     with torch.random.fork_rng(devices=[]):
+        if batch_size % distributed.world_size():
+            raise ValueError(
+                f"a batch_size of {batch_size} cannot be shared equally by {distributed.world_size()} processes"
+            )
+        dataset = _open(data, frame_stack, budget)
+        objectives = [objectives] if isinstance(objectives, str | Mapping) else list(objectives)
+        settings = {
+            "objectives": objectives,
+            "encoder": encoder,
+            "updates": updates,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "warmup": warmup,
+            "clip": clip,
+            "held_out": held_out,
+            "seed": seed,
+            "frame_stack": dataset.frame_stack,
+            "precision": precision,
+            "data_digest": dataset.digest,
+        }
+        bfloat16 = precision == "bfloat16" or (precision == "auto" and bfloat16_pays(torch_device))
+        chosen = {
+            "precision": "bfloat16" if bfloat16 else "float32",
+            "device": torch_device.type,
+            "processes": distributed.world_size(),
+        }
         torch.manual_seed(seed)
         # Built before the folder is touched: a wrong spec costs nothing.
         built = make_encoder(encoder, dataset.observation_space)
         objective = make_objective(objectives, built, dataset.action_space).to(torch_device)
         train, held = (dataset, dataset) if held_out == 0 else dataset.split(held_out, np.random.default_rng([seed, 0]))
-        with runs.lock(Path(out)):
-            run = runs.RunFolder(out, "pretrain", settings, seed=seed, overwrite=overwrite)
-            if run.finished:
-                return load_encoder(run.path / "encoder")
-            built.provenance = {
-                "env_spec": dataset.env_spec,
-                "data_digest": dataset.digest,
-                "reward_free_steps": dataset.n_transitions,
-                "objectives": objectives,
-                "updates": updates,
-                **run.record["provenance"],
-            }
-            loop = _Loop(run, objective, train, held, torch_device, log_every, checkpoint_every)
+        distributed.check_agreement({**settings, **chosen, "log_every": log_every})
+        first = distributed.rank() == 0
+        with runs.lock(Path(out)) if first else contextlib.nullcontext():
+            # Only the first process writes; the others wait to hear whether there is anything to do.
+            run = runs.RunFolder(out, "pretrain", settings, seed=seed, overwrite=overwrite) if first else None
+            if distributed.broadcast(b"finished" if run and run.finished else b""):
+                trained = load_encoder(run.path / "encoder") if run else built
+                trained.load_state_dict(load_safetensors(distributed.broadcast(save(trained.state_dict()))))
+                return trained.eval()
+            loop = _Loop(run, settings, objective, train, held, torch_device, bfloat16, log_every, checkpoint_every)
+            if run:
+                built.provenance = {
+                    "env_spec": dataset.env_spec,
+                    "data_digest": dataset.digest,
+                    "reward_free_steps": dataset.n_transitions,
+                    "objectives": objectives,
+                    "updates": updates,
+                    **run.record["provenance"],
+                    **chosen,
+                }
             seconds, last = loop.run()
-            built.provenance["pretrain_seconds"] = seconds
-            encoder_folder = run.path / "encoder"
-            runs.write_atomically(encoder_folder, lambda path: built.to("cpu").save_pretrained(path))
-            run.finish(**last, seconds=seconds, encoder_digest=built.digest())
-            (run.path / CHECKPOINT).unlink(missing_ok=True)
+            built.to("cpu")
+            if run:
+                built.provenance["pretrain_seconds"] = seconds
+                runs.write_atomically(run.path / "encoder", lambda path: built.save_pretrained(path))
+                run.finish(**last, **chosen, seconds=seconds, encoder_digest=built.digest())
+                (run.path / CHECKPOINT).unlink(missing_ok=True)
+            # Nobody returns before the encoder is on disk.
+            distributed.broadcast(b"")
     return built.eval()
 
 
-def _open(data: Dataset | str | Path | Sequence[str | Path], frame_stack: int | None) -> Dataset:
+def _open(data: Dataset | str | Path | Sequence[str | Path], frame_stack: int | None, budget: str | int) -> Dataset:
     """Opens the data with the frame stack asked for, or that its environment spec names."""
-    if isinstance(data, Dataset):
-        paths = list(data.paths)
-        if frame_stack is None and data.frame_stack > 1:
-            return data
-    else:
-        paths = [Path(p) for p in ([data] if isinstance(data, str | Path) else data)]
-        data = Dataset(*paths)
+    if not isinstance(data, Dataset):
+        data = Dataset(*([data] if isinstance(data, str | Path) else data), budget=budget)
     if frame_stack is None:
-        frame_stack = EnvSpec.parse(data.env_spec).frame_stack if data.env_spec else 1
-    return data if frame_stack == data.frame_stack else Dataset(*paths, frame_stack=frame_stack)
+        frame_stack = data.frame_stack
+        if frame_stack == 1 and data.env_spec:
+            frame_stack = EnvSpec.parse(data.env_spec).frame_stack
+    return data if frame_stack == data.frame_stack else data.stacked(frame_stack)
 
 
 def bfloat16_pays(device: torch.device) -> bool:
@@ -164,26 +190,25 @@ class _Loop:
     """The training loop of one run, from wherever its last checkpoint left off.
 
     Every update draws its batch and its noise from a stream of its own, (seed, update), so that a resumed run needs no
-    generator state to repeat an unbroken one.
+    generator state to repeat an unbroken one, and every process takes its rows of the same batch.
     """
 
     def __init__(
         self,
-        run: runs.RunFolder,
+        run: runs.RunFolder | None,
+        settings: Mapping[str, Any],
         objective: Objective,
         train: Dataset,
         held: Dataset,
         device: torch.device,
+        bfloat16: bool,
         log_every: int,
         checkpoint_every: int,
     ) -> None:
         self.run_folder, self.objective, self.train, self.held, self.device = run, objective, train, held, device
-        self.log_every, self.checkpoint_every = log_every, checkpoint_every
-        settings = run.settings
+        self.bfloat16, self.log_every, self.checkpoint_every = bfloat16, log_every, checkpoint_every
         self.seed, self.updates = settings["seed"], settings["updates"]
         self.batch_size, self.clip = settings["batch_size"], settings["clip"]
-        precision = settings["precision"]
-        self.bfloat16 = precision == "bfloat16" or (precision == "auto" and bfloat16_pays(device))
         self.parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"]
@@ -197,63 +222,83 @@ class _Loop:
 
     def run(self) -> tuple[float, dict[str, float]]:
         """Trains to the end; returns the seconds it took and the last metrics."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self._restore()
         last: dict[str, float] = {}
         started = time.perf_counter() - self.seconds
-        writer = SummaryWriter(str(self.run_folder.path / "tensorboard"), purge_step=self.update)
-        bar = tqdm(total=self.updates, initial=self.update, desc="pretrain", unit="update", mininterval=0.5)
-        with ThreadPoolExecutor(1) as loader, writer, bar:
+        bar = tqdm(
+            total=self.updates,
+            initial=self.update,
+            desc="pretrain",
+            unit="update",
+            mininterval=0.5,
+            disable=self.run_folder is None,
+        )
+        with ThreadPoolExecutor(1) as loader, self._writer() as writer, bar, runs.deferred_interrupt() as interrupted:
             following = loader.submit(self._sample, self.update)
-            try:
-                while self.update < self.updates:
-                    batch = following.result()
-                    if self.update + 1 < self.updates:
-                        following = loader.submit(self._sample, self.update + 1)
-                    metrics = self._step(batch.to(self.device))
-                    self.update += 1
-                    bar.update()
-                    if self.update % self.log_every == 0 or self.update == self.updates:
-                        self.seconds = time.perf_counter() - started
-                        last = self._report(metrics, writer)
-                        bar.set_postfix(loss=f"{last['loss']:.3f}", rank=f"{last['effective_rank']:.1f}")
-                    if self.update % self.checkpoint_every == 0:
-                        self._save()
-            except KeyboardInterrupt:
+            while self.update < self.updates:
+                batch = following.result()
+                if self.update + 1 < self.updates:
+                    following = loader.submit(self._sample, self.update + 1)
+                metrics = self._step(batch.to(self.device))
+                self.update += 1
+                bar.update()
                 self.seconds = time.perf_counter() - started
-                self._save()
-                print(f"\nstopped at update {self.update}; the same command goes on from there")
-                raise
+                if self.update % self.log_every == 0 or self.update == self.updates:
+                    last = self._report(metrics, writer)
+                    bar.set_postfix({k: f"{last[k]:.3g}" for k in ("loss", "effective_rank") if k in last})
+                # A signal reaches the processes at different moments, and they must stop at the same update.
+                stop = distributed.anywhere(interrupted.is_set()) and self.update < self.updates
+                if stop or self.update % self.checkpoint_every == 0:
+                    self._save()
+                if stop:
+                    if self.run_folder:
+                        print(f"\nstopped at update {self.update}; the same command goes on from there")
+                    raise KeyboardInterrupt
         return self.seconds, last
 
+    def _writer(self) -> contextlib.AbstractContextManager[Any]:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.run_folder is None:
+            return contextlib.nullcontext()
+        return SummaryWriter(str(self.run_folder.path / "tensorboard"), purge_step=self.update)
+
     def _sample(self, update: int) -> Batch:
-        return self.train.sample(self.batch_size, self.objective.span, np.random.default_rng([self.seed, 1, update]))
+        rng = np.random.default_rng([self.seed, 1, update])
+        share = distributed.rank(), distributed.world_size()
+        return self.train.sample(self.batch_size, self.objective.span, rng, share)
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         torch.manual_seed(int(np.random.SeedSequence([self.seed, 2, self.update]).generate_state(1)[0]))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * self.schedule(self.update)
         self.objective.train()
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
-            loss, metrics = self.objective(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with distributed.sharing():
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+                loss, metrics = self.objective(batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            distributed.average_([p.grad for p in self.parameters.values() if p.grad is not None])
+            mean_loss = distributed.mean(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)
-        if not math.isfinite(float(loss.detach())) or not math.isfinite(float(norm)):
+        if not math.isfinite(float(mean_loss)) or not math.isfinite(float(norm)):
             terms = ", ".join(f"{name}={float(value):.4g}" for name, value in metrics.items())
             raise RunError(
-                f"the loss is {float(loss.detach()):.4g} and its gradient's norm {float(norm):.4g} "
+                f"the loss is {float(mean_loss):.4g} and its gradient's norm {float(norm):.4g} "
                 f"at update {self.update} ({terms}). Nothing of this update was kept. Try a lower learning_rate than "
                 f"{self.learning_rate}, or check the data: rlrep data verify"
             )
         self.optimizer.step()
         self.objective.after_step()
-        return metrics | {"loss": loss.detach(), "gradient_norm": norm.detach()}
+        return metrics | {"loss": mean_loss, "gradient_norm": norm.detach()}
 
     @torch.no_grad()
     def _report(self, metrics: dict[str, Tensor], writer: Any) -> dict[str, float]:
         """Evaluates on held-out episodes, logs a row, and warns where the features have collapsed."""
+        with distributed.sharing():
+            values = distributed.mean(torch.stack([value.float() for value in metrics.values()]))
+        if self.run_folder is None:
+            return {}
         self.objective.eval()
         if self._held_batch is None:
             n = min(self.batch_size, self.held.n_transitions)
@@ -262,7 +307,7 @@ class _Loop:
             self._observed = to_tensor(observed, self.device)
         held_loss, _ = self.objective(self._held_batch.to(self.device))
         found = collapse(self.objective.encoder(self._observed))
-        row = {name: float(value) for name, value in metrics.items()} | {
+        row = dict(zip(metrics, values.tolist(), strict=True)) | {
             "held_out_loss": float(held_loss),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **found,
@@ -283,28 +328,32 @@ class _Loop:
 
     def _save(self) -> None:
         """Writes weights, targets, statistics and optimiser state in one file, atomically."""
+        if self.run_folder is None:
+            return
         tensors = {f"model/{k}": v for k, v in (*self.objective.named_parameters(), *self.objective.named_buffers())}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer/{key}/{name}"] = value
+        tensors["update"] = torch.tensor(self.update)
+        tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        metadata = {"update": str(self.update), "seconds": str(self.seconds)}
-        runs.write_atomically(self.run_folder.path / CHECKPOINT, lambda path: save_file(tensors, path, metadata))
+        runs.write_atomically(self.run_folder.path / CHECKPOINT, lambda path: save_file(tensors, path))
 
     def _restore(self) -> None:
         """Goes back to the last checkpoint, if there is one, and drops rows logged after it."""
-        path = self.run_folder.path / CHECKPOINT
-        if path.exists():
-            with safe_open(path, framework="pt", device=str(self.device)) as file:
-                metadata = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        path = self.run_folder.path / CHECKPOINT if self.run_folder else None
+        if saved := distributed.broadcast(path.read_bytes() if path and path.exists() else b""):
+            tensors = load_safetensors(saved)
             named = dict(self.objective.named_parameters()) | dict(self.objective.named_buffers())
             with torch.no_grad():
                 for name, mine in named.items():
                     mine.copy_(tensors[f"model/{name}"])
             for name, parameter in self.parameters.items():
                 state = {k.split("/")[1]: v for k, v in tensors.items() if k.endswith(f"/{name}") and k[0] == "o"}
-                self.optimizer.state[parameter] = state
-            self.update, self.seconds = int(metadata["update"]), float(metadata["seconds"])
-        if self.run_folder.resumed:
+                # AdamW keeps the count of its steps on the CPU.
+                self.optimizer.state[parameter] = {
+                    k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
+                }
+            self.update, self.seconds = int(tensors["update"]), float(tensors["seconds"])
+        if self.run_folder and self.run_folder.resumed:
             runs.trim_jsonl(self.run_folder.path / "metrics.jsonl", lambda row: row["update"] <= self.update)

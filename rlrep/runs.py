@@ -16,9 +16,11 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,31 @@ def lock(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise RunError(f"another process is writing to {folder}; wait for it, or choose another folder") from error
         yield
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Holds Ctrl-C and SIGTERM back: the event says that one came, so that nothing is cut short.
+
+    A second one stops at once.
+    """
+    asked = threading.Event()
+    # Python delivers signals to the main thread, and lets no other handle them.
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class RunFolder:

@@ -31,6 +31,7 @@ TIERS = [
     ["collect", "pretrain", "finetune"],
     ["recipe"],
     ["cli"],
+    ["__main__"],
 ]
 """A module imports from its own tier and from those above it in this list."""
 

@@ -45,7 +45,7 @@ class Rarity(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Integer codes of any shape -> weights of that shape."""
         if self.training:
-            self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+            self.counts += distributed.total(torch.bincount(codes.flatten(), minlength=len(self.counts)))
         # A code never seen weighs as much as one seen once, and does not enter the average.
         weight = self.counts.clamp(min=1).pow(-self.power)
         return (weight * self.counts.sum() / (self.counts * weight).sum())[codes]

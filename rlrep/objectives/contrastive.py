@@ -59,6 +59,7 @@ class ATC(Objective):
         lag: Steps between anchor and positive.
         anchors: Consecutive anchors taken from each segment. More than one adds negatives from the same episode, which
             procedural layouts need: there the walls alone tell episodes apart.
+        negatives: `all`, `same` (only those of the anchor's own segment) or `cross` (only those of others).
         shift: Pixels of random shift of anchors and positives; 0 for none.
         tau: Fraction by which the target encoder follows at each step.
         projection_dim: Width of the space in which they are compared.
@@ -73,6 +74,7 @@ class ATC(Objective):
         action_space: Space,
         lag: int = 3,
         anchors: int = 1,
+        negatives: str = "all",
         shift: int = 0,
         tau: float = 0.01,
         projection_dim: int = 128,
@@ -83,8 +85,9 @@ class ATC(Objective):
             raise ValueError(f"atc: lag and anchors must be at least 1, not {lag} and {anchors}")
         if not 0 < tau <= 1:
             raise ValueError(f"atc: tau must lie above 0 and not above 1, not {tau}")
+        check_negatives("atc", negatives)
         self.span = lag + anchors - 1
-        self.lag, self.tau = lag, tau
+        self.lag, self.negatives, self.tau = lag, negatives, tau
         self.augment = Augment(encoder.observation_space, shift=shift)
         self.project = nn.Sequential(nn.Linear(encoder.features_dim, projection_dim), nn.LayerNorm(projection_dim))
         self.residual = nets.mlp([projection_dim, hidden, projection_dim])
@@ -101,11 +104,11 @@ class ATC(Objective):
             features = self.features(batch, n_anchors)
         with torch.no_grad():
             later = self.augment(tree_map(lambda x: x[:, self.lag : self.span + 1], batch.obs))
-            positive = self.ema_project(self.ema_encoder.encode(later)).flatten(0, 1)
-        anchor = self.project(features).flatten(0, 1)
+            positive = self.ema_project(self.ema_encoder.encode(later))
+        anchor = self.project(features)
         anchor = anchor + self.residual(anchor)
-        mask = batch.mask[:, self.lag - 1 : self.span].flatten()
-        loss, accuracy = losses.info_nce(self.bilinear(anchor) @ positive.T, mask)
+        mask = batch.mask[:, self.lag - 1 : self.span]
+        loss, accuracy = contrast(anchor, positive, mask, self.bilinear, self.negatives)
         return loss, {"accuracy": accuracy.detach()}
 
     def after_step(self) -> None:
