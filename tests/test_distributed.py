@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gymnasium import spaces
 from torch import Tensor
 
 from rlrep import distributed, losses
+from rlrep.encoders import make_encoder
+from rlrep.objectives import make_objective, objectives
+from rlrep.types import Batch
 
 RANKS = 2
 
@@ -76,6 +83,54 @@ def draws_as_one_process_would() -> None:
     found = [distributed.rows(lambda n: torch.randn(n, 2), 3), distributed.rows(torch.rand, 3)]
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, mine(b))
+
+
+PICTURE = spaces.Box(0, 255, (40, 40, 3), np.uint8)
+GRID = spaces.Box(0, 10, (7, 7, 3), np.uint8)
+
+CASES = [(name, GRID) for name in objectives.names()]
+CASES += [("ae", PICTURE), ("atc:anchors=2,shift=2", PICTURE), ("spr:steps=2,shift=2", PICTURE)]
+
+
+def a_batch(space: spaces.Box, span: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Segments of which most of the second rank's end early."""
+    length = np.concatenate([np.full(4, span), rng.integers(1, span + 1, 2), np.ones(2, int)])
+    mask = np.arange(span) < length[:, None]
+    return {
+        "obs": torch.as_tensor(rng.integers(0, space.high.max() + 1, (8, span + 1, *space.shape), dtype=np.uint8)),
+        "action": torch.as_tensor(rng.integers(0, 4, (8, span)) * mask),
+        "terminated": torch.zeros(8, span, dtype=torch.bool),
+        "mask": torch.as_tensor(mask),
+        "first": torch.zeros(8, span, dtype=torch.bool),
+    }
+
+
+def an_update(spec: str, space: spaces.Box, share: Callable[[Any], Any]) -> dict[str, Tensor]:
+    """Gradients and statistics after two batches, of which this process has a share."""
+    torch.manual_seed(0)
+    encoder = make_encoder("grid:width=4" if space is GRID else "nature:features_dim=16,width=4", space)
+    objective = make_objective(spec, encoder, spaces.Discrete(4))
+    rng = np.random.default_rng(0)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        loss, _ = objective(Batch(**{k: share(v) for k, v in a_batch(space, objective.span, rng).items()}))
+        objective.zero_grad()
+        loss.backward()
+    gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    distributed.average_(list(gradients.values()))
+    return gradients | dict(objective.named_buffers()) | {"loss": distributed.mean(loss.detach())}
+
+
+def objectives_are_what_they_are_in_one_process() -> None:
+    for spec, space in CASES:
+        found = an_update(spec, space, mine)
+        distributed._sharing = False
+        expected = an_update(spec, space, lambda x: x)
+        distributed._sharing = True
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            message = f"{spec} on {space}: {name} differs. The rules are at the head of rlrep/distributed.py"
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6, msg=lambda m, a=message: f"{a}\n{m}")
 
 
 def test_two_ranks(tmp_path: Path) -> None:
