@@ -123,7 +123,8 @@ def test_pictures_are_shifted_while_the_policy_is_updated_and_only_then() -> Non
     extractor.encoder.register_forward_pre_hook(lambda module, args: seen.append((extractor.training, args[0])))
     for training in (True, False):
         model.policy.set_training_mode(training)
-        extractor(obs.float())
+        # SB3 has put the channels first.
+        extractor(obs.float().movedim(-1, 1))
     assert torch.equal(seen[1][1], obs.float())
     assert not torch.equal(seen[0][1], obs.float())
     assert seen[0][1].shape == obs.shape

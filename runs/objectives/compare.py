@@ -168,7 +168,7 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         runs_, solved = np.isfinite(scores) | np.isinf(scores), np.isfinite(scores)
         steps = float(iqm(scores))
         shared = [task for task in tasks if shares(done, "scratch", task, threshold)]
-        ratio = "–"
+        ratio = "-"
         if arm != "scratch" and shared:
             pair = [matrix(done, name, shared, threshold) for name in ("scratch", arm)]
             r = speed_up(*pair, 1.0, fixed_rng())
@@ -176,7 +176,7 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         trained = [cell for cell in mine if "features" in cell]
 
         def mean(values: list[float], digits: int) -> str:
-            return f"{np.mean(values):.{digits}f}" if values else "–"
+            return f"{np.mean(values):.{digits}f}" if values else "-"
 
         row = [
             arm,
