@@ -112,7 +112,10 @@ class Recorder(VecEnvWrapper):
         self._capacity = self.CAPACITY
         self._length = np.zeros(venv.num_envs, np.int64)
         """Steps of each running episode."""
-        self._starts = np.arange(venv.num_envs) * self._capacity
+        self._rows = self._starts()
+        """Where what each environment shows now lies in the lanes."""
+        self._look_in = 0
+        """Steps until an episode may have outgrown its lane, or memory."""
 
     def reset(self) -> VecEnvObs:
         """Resets the environments; episodes that were running are recorded as truncated."""
@@ -122,29 +125,29 @@ class Recorder(VecEnvWrapper):
         if self._lanes is None:
             self._lanes = self._new_lanes({name: values.dtype for name, values in factors.items()})
         self._put(obs, factors)
+        self._make_room()
         return obs
 
     def step_async(self, actions: np.ndarray) -> None:
         """Notes the actions, and passes them on."""
         assert self._lanes is not None, "reset comes first"
-        self._lanes.action[self._rows()] = actions
+        self._lanes.action[self._rows] = actions
         self.venv.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
         """Notes what the environments say, and passes it on."""
         obs, rewards, dones, infos = self.venv.step_wait()
         assert self._lanes is not None
-        self._lanes.reward[self._rows()] = rewards
+        self._lanes.reward[self._rows] = rewards
         self.steps += self.num_envs
         self._length += 1
-        if self._length.max() == self._capacity:
-            self._grow()
         for i in np.flatnonzero(dones).tolist():
             truncated = bool(infos[i].get("TimeLimit.truncated", False))
             self._end(i, _last_observation(infos[i]), infos[i].get("factors", {}), not truncated, truncated)
         self._put(obs, ground_truth(self.venv, infos, dones))
-        for i in np.flatnonzero(self._length >= self.longest).tolist():
-            self._cut(i)
+        self._look_in -= 1
+        if self._look_in == 0:
+            self._make_room()
         return obs, rewards, dones, infos
 
     def finish(self) -> None:
@@ -152,14 +155,14 @@ class Recorder(VecEnvWrapper):
         for i in np.flatnonzero(self._length).tolist():
             self._cut(i)
 
-    def _rows(self) -> np.ndarray:
-        """Returns where each environment's current step lies, (N,)."""
-        return self._starts + self._length
+    def _starts(self) -> np.ndarray:
+        """Returns where each environment's lane begins, (N,)."""
+        return np.arange(self.num_envs) * self._capacity
 
     def _put(self, obs: VecEnvObs, factors: Mapping[str, np.ndarray]) -> None:
         """Notes what is observed now, and its ground truth."""
         assert self._lanes is not None
-        rows = self._rows()
+        self._rows = rows = self._starts() + self._length
 
         def put(lanes: np.ndarray, values: np.ndarray) -> None:
             lanes[rows] = values
@@ -171,7 +174,7 @@ class Recorder(VecEnvWrapper):
     def _cut(self, i: int) -> None:
         """Records what environment `i` did until now as an episode; it goes on with another."""
         assert self._lanes is not None
-        row = self._rows()[i]
+        row = self._rows[i]
         obs = tree_map(lambda lanes: lanes[row].copy(), self._lanes.obs)
         factors = {name: lanes[row] for name, lanes in self._lanes.factors.items()}
         self._end(i, obs, factors, False, True)
@@ -181,6 +184,16 @@ class Recorder(VecEnvWrapper):
 
         tree_map(begin, self._lanes.obs, obs)
         tree_map(begin, self._lanes.factors, factors)
+        self._rows[i] = i * self._capacity
+
+    def _make_room(self) -> None:
+        """Cuts the episodes that outgrew memory, and makes longer lanes if the longest is about to be full."""
+        for i in np.flatnonzero(self._length >= self.longest).tolist():
+            self._cut(i)
+        longest = int(self._length.max())
+        if longest + 1 == self._capacity:
+            self._grow()
+        self._look_in = min(self.longest, self._capacity - 1) - longest
 
     def _end(self, i: int, obs: Tree, factors: Mapping[str, Any], terminated: bool, truncated: bool) -> None:
         """Hands on the episode of environment `i`, which led to these; its lane is free again."""
@@ -217,7 +230,7 @@ class Recorder(VecEnvWrapper):
         """Makes lanes of twice as many rows, and moves what there is into them."""
         old, capacity = cast(_Lanes, self._lanes), self._capacity
         self._capacity = 2 * capacity
-        self._starts = self._starts * 2
+        self._rows = self._starts() + self._length
         self._lanes = self._new_lanes({name: lanes.dtype for name, lanes in old.factors.items()})
 
         def move(new: np.ndarray, lanes: np.ndarray) -> None:
@@ -526,7 +539,7 @@ def collect(
                 out,
                 venv.observation_space,
                 venv.action_space,
-                env_spec=asked["env"],
+                env_spec=None if spec is None else str(spec.task),
                 factor_names=factor_names,
                 collector=asked,
                 overwrite=overwrite,

@@ -55,7 +55,7 @@ from gymnasium.spaces import Space
 
 from rlrep.runs import lock, provenance, read_json, write_json
 from rlrep.spaces import from_json, kind, leaves, to_json
-from rlrep.types import Batch, DatasetError, Episode, RunError, Tree
+from rlrep.types import Batch, DatasetError, Episode, RunError, Tree, tree_map
 
 __all__ = ["Dataset", "DatasetWriter", "Verification", "verify"]
 
@@ -799,6 +799,23 @@ class _Store:
                 out.append(read.result())
         return out
 
+    def _read_into(self, name: str, lo: np.ndarray, hi: np.ndarray, out: np.ndarray) -> None:
+        """Reads the rows from each `lo` to before its `hi` to a line of `out`, and repeats the last one to its end."""
+        which = np.searchsorted(self.offsets, lo, side="right") - 1
+        lengths = hi - lo
+        begin = (lo - self.offsets[which]).tolist()
+        # Decoded to where they belong, without an array in between; neighbours in a file are fetched together.
+        with ts.Batch() as batch:
+            reads = [
+                (folder, ts.array(line[:n]).write(self.folders[folder].array(name)[a : a + n], batch=batch))
+                for line, folder, a, n in zip(out, which.tolist(), begin, lengths.tolist(), strict=True)
+            ]
+        for folder, read in reads:
+            with _reading(self.folders[folder].path, name):
+                read.result()
+        for i in np.flatnonzero(lengths < out.shape[1]).tolist():
+            out[i, lengths[i] :] = out[i, lengths[i] - 1]
+
     def gather(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Returns the rows (B, ...) of a column as (B, ..., *shape); those of one line lie close together."""
         column = self.held(name)
@@ -806,6 +823,11 @@ class _Store:
             return np.take(column, rows, axis=0)
         dtype, shape = self.dtype_and_shape(name)
         out = np.empty((*rows.shape, *shape), dtype=dtype)
+        if rows.ndim == 2 and rows.shape[1] > 1:
+            consecutive = np.minimum(rows[:, :1] + np.arange(rows.shape[1]), rows[:, -1:])
+            if np.array_equal(rows, consecutive):
+                self._read_into(name, rows[:, 0], rows[:, -1] + 1, out)
+                return out
         lines = rows.reshape(len(rows), -1)
         lo, hi = lines.min(axis=1), lines.max(axis=1) + 1
         # Lines that go on where the one before ended are read as one, up to a block of rows inside one folder.
@@ -876,6 +898,7 @@ class Dataset:
         self.env_spec: Any = meta["env_spec"]
         """What makes the environment, as it was given to the writer."""
         self.factor_names: list[str] = meta["factors"]
+        self._resident: dict[str, torch.Tensor] = {}
         self._view(np.arange(len(self._store.table["start"])))
 
     def _view(self, episodes: np.ndarray) -> None:
@@ -970,6 +993,27 @@ class Dataset:
         view.frame_stack, view.observation_space = frame_stack, _stack(self._raw_space, frame_stack)
         return view
 
+    def on(self, device: torch.device | str, budget: int) -> Dataset:
+        """Returns this view with its actions and observations in the memory of `device`, where `sample` gathers them.
+
+        Args:
+            device: A GPU: there a batch is gathered as fast as it is used, and nothing is copied for it.
+            budget: Bytes that they may take there; if they take more, this view itself is returned.
+        """
+        names = list(_columns(self._raw_space, self.action_space))
+        if sum(map(self._store.nbytes, names)) > budget:
+            return self
+        view = self.select(np.arange(self.n_episodes))
+        n_rows = int(self._store.offsets[-1])
+        for name in names:
+            dtype, shape = self._store.dtype_and_shape(name)
+            column = torch.empty((n_rows, *shape), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device)
+            for lo in range(0, n_rows, BLOCK_ROWS):
+                rows = np.arange(lo, min(lo + BLOCK_ROWS, n_rows))[:, None]
+                column[lo : lo + len(rows)] = torch.from_numpy(self._store.gather(name, rows)[:, 0]).to(device)
+            view._resident = {**view._resident, name: column}
+        return view
+
     def split(self, held_out: float, rng: np.random.Generator) -> tuple[Dataset, Dataset]:
         """Splits by whole episodes, at random.
 
@@ -994,6 +1038,22 @@ class Dataset:
 
     # -- reading
 
+    def check_room(self, batch_size: int, span: int) -> None:
+        """Checks that two batches, one in use and one being read, fit the budget where the data itself does not.
+
+        Raises:
+            DatasetError: They do not.
+        """
+        names = list(_columns(self._raw_space, self.action_space))
+        data = sum(map(self._store.nbytes, names))
+        frames = batch_size * (span + 1) * self.frame_stack
+        batches = 2 * frames * data // int(self._store.offsets[-1])
+        if min(data, batches) > self.budget:
+            raise DatasetError(
+                f"a budget of {self.budget / 1e6:.1f} MB is too small: two batches of {batch_size} segments of "
+                f"{span + 1} observations take {batches / 1e6:.1f} MB, and the data {data / 1e6:.1f} MB"
+            )
+
     def sample(self, batch_size: int, span: int, rng: np.random.Generator, share: tuple[int, int] = (0, 1)) -> Batch:
         """Returns random segments of `span` transitions; every transition is equally likely to be a first step.
 
@@ -1017,16 +1077,23 @@ class Dataset:
         now = rows[:, :-1]
         ended = self._store.terminated[self._episodes[episode]][:, None]
         # Small columns first: they are the ones to hold in memory when not all fit.
-        action = self._store.gather("action", now)
+        action = self._gather("action", now)
         return Batch(
-            obs=self._observations(rows, start, torch.from_numpy),
-            action=torch.from_numpy(action),
+            obs=tree_map(torch.as_tensor, self._observations(rows, start, self._gather)),
+            action=torch.as_tensor(action),
             terminated=torch.from_numpy(ended & (now == last - 1)),
             mask=torch.from_numpy(now < last),
             first=torch.from_numpy(now == start),
         )
 
-    def _observations(self, rows: np.ndarray, start: np.ndarray, convert: Callable[[np.ndarray], Any]) -> Tree:
+    def _gather(self, name: str, rows: np.ndarray) -> np.ndarray | torch.Tensor:
+        """Returns the store rows (B, ...) of a column as (B, ..., *shape), on the device if it is there."""
+        if name not in self._resident:
+            return self._store.gather(name, rows)
+        column = self._resident[name]
+        return column[torch.from_numpy(rows).to(column.device)]
+
+    def _observations(self, rows: np.ndarray, start: np.ndarray, gather: Callable[[str, np.ndarray], Any]) -> Tree:
         """Returns the observations at store rows (B, T) as (B, T, *obs_shape), stacked; `start` (B, 1)."""
         parts = {
             name: space for name, space in _columns(self._raw_space, self.action_space).items() if name != "action"
@@ -1034,11 +1101,10 @@ class Dataset:
         found = {}
         for name in sorted(parts, key=self._store.nbytes):
             if self.frame_stack == 1 or not _stackable(name, parts[name]):
-                found[name] = convert(self._store.gather(name, rows))
+                found[name] = gather(name, rows)
             else:
                 back = np.arange(1 - self.frame_stack, 1)
-                frames = self._store.gather(name, np.maximum(rows[:, :, None] + back, start[:, :, None]))
-                found[name] = convert(_interleave(frames))
+                found[name] = _interleave(gather(name, np.maximum(rows[:, :, None] + back, start[:, :, None])))
         return build_obs(self._raw_space, found.__getitem__)
 
     def episode(self, index: int) -> Episode:
@@ -1079,7 +1145,8 @@ class Dataset:
         start = self._start[episode]
         rows = start + rows - (self._row_ends - self._length - 1)[episode]
         if name == "obs":
-            return self._observations(rows[:, None], start[:, None], lambda found: found[:, 0])
+            found = self._observations(rows[:, None], start[:, None], self._store.gather)
+            return tree_map(lambda leaf: leaf[:, 0], found)
         return self._store.gather(name, rows[:, None])[:, 0]
 
     def factors(self, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -1091,8 +1158,10 @@ class Dataset:
         return self.column("obs", rng.integers(self.n_observations, size=n))
 
 
-def _interleave(frames: np.ndarray) -> np.ndarray:
+def _interleave(frames: Any) -> Any:
     """Concatenates (B, T, k, *shape) along the last axis of the shape: (B, T, *shape[:-1], k * shape[-1])."""
+    if isinstance(frames, torch.Tensor):
+        return frames.movedim(2, -2).flatten(-2)
     # The last axis is moved as one opaque item: twice as fast as a strided copy of its numbers.
     item = np.dtype((np.void, frames.shape[-1] * frames.dtype.itemsize))
     out = np.empty((*frames.shape[:2], *frames.shape[3:-1], frames.shape[2]), dtype=item)

@@ -71,6 +71,18 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+@contextlib.contextmanager
+def _exchange() -> Iterator[None]:
+    """Says in words what a collective means that breaks off."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(
+            f"another process of this job has stopped, and none can go on without it ({str(error).splitlines()[0]}). "
+            "What it said is above; the same command goes on from the last checkpoint."
+        ) from error
+
+
 def _device() -> str:
     """Where the ranks can exchange tensors."""
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -81,11 +93,12 @@ def broadcast(data: bytes, source: int = 0) -> bytes:
     if world_size() == 1:
         return data
     size = torch.tensor(len(data), device=_device())
-    dist.broadcast(size, source)
-    content = torch.empty(int(size), dtype=torch.uint8, device=_device())
-    if rank() == source and data:
-        content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    dist.broadcast(content, source)
+    with _exchange():
+        dist.broadcast(size, source)
+        content = torch.empty(int(size), dtype=torch.uint8, device=_device())
+        if rank() == source and data:
+            content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(content, source)
     return content.cpu().numpy().tobytes()
 
 
@@ -94,7 +107,8 @@ def anywhere(here: bool) -> bool:
     if world_size() == 1:
         return here
     said = torch.tensor(float(here), device=_device())
-    dist.all_reduce(said)
+    with _exchange():
+        dist.all_reduce(said)
     return bool(said)
 
 
@@ -141,14 +155,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
+        with _exchange():
+            dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
+        with _exchange():
+            dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]
 
 
@@ -164,7 +180,8 @@ def total(x: Tensor) -> Tensor:
     """Returns the sum of `x` over the ranks, without gradient."""
     if _sharing:
         x = x.detach().clone()
-        dist.all_reduce(x)
+        with _exchange():
+            dist.all_reduce(x)
     return x
 
 

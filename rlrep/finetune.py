@@ -97,6 +97,7 @@ def finetune(
     eval_episodes: int = 20,
     deterministic: bool = False,
     n_workers: int | None = None,
+    device: str = "auto",
     overwrite: bool = False,
 ) -> Path:
     """Trains every arm with every seed on the rewarded task, and records how their returns grow.
@@ -118,6 +119,7 @@ def finetune(
         eval_episodes: Episodes of each evaluation, from the same starts each time.
         deterministic: Evaluate the likeliest action, not a drawn one.
         n_workers: Jobs side by side, one core each; all cores unless given.
+        device: `auto` is a GPU if there is one.
         overwrite: Start again, throwing away what another run left in `out`.
 
     Returns:
@@ -174,6 +176,7 @@ def finetune(
             {
                 **record,
                 "out": str(run.path),
+                "device": device,
                 "arm": arm,
                 "seed": seed,
                 "encoder": pretrained if arm.pretrained else untrained,
@@ -262,7 +265,7 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
     settings = {**job["settings"], **arm.settings}
     extra = settings.pop("policy_kwargs", {})
     if arm.kind in ("frozen", "random-frozen"):
-        env, evaluation = LatentVecEnv(env, encoder), LatentVecEnv(evaluation, encoder)
+        env, evaluation = (LatentVecEnv(each, encoder, device=job["device"]) for each in (env, evaluation))
         policy = "MlpPolicy"
     else:
         mode: Literal["finetune", "scratch"] = "finetune" if arm.pretrained else "scratch"
@@ -270,7 +273,7 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
         extra = policy_kwargs(encoder, job["algorithm"], mode=mode, lr_scale=arm.lr_scale, shift=shift, **extra)
         policy = "MultiInputPolicy" if spaces.kind(env.observation_space) == "dict" else "MlpPolicy"
     algorithm = get_algorithm(job["algorithm"])
-    model = algorithm(policy, env, seed=job["seed"], policy_kwargs=extra, device="auto", **settings)
+    model = algorithm(policy, env, seed=job["seed"], policy_kwargs=extra, device=job["device"], **settings)
     return model, evaluation
 
 

@@ -81,10 +81,10 @@ def pretrain(
             for training, and describes the features on training data.
         seed: Of initialisation, batches and augmentation.
         frame_stack: Frames in one observation; what the environment spec of the data says unless given.
-        precision: `auto` is bfloat16 where the machine computes convolutions faster in it.
+        precision: `auto` is bfloat16 where the machine has instructions for it, and recorded in `run.json`.
         device: `auto` is a GPU if there is one.
-        budget: Memory for data in each process: `auto` (half of what is available), `2GB`, or a number of bytes. A
-            `Dataset` has its own.
+        budget: Memory for rows of data in each process: `auto` (half of what is available), `2GB`, or a number of
+            bytes. A `Dataset` brings its own.
         log_every: Updates between rows of metrics.
         checkpoint_every: Updates between checkpoints.
         probe_every: Updates, a multiple of `log_every`, between linear probes of every ground-truth factor and of the
@@ -96,7 +96,8 @@ def pretrain(
 
     Raises:
         SpecError: Unknown objective, encoder or option.
-        DatasetError: The data is missing, damaged, empty, or has too few episodes to hold any out.
+        DatasetError: The data is missing, damaged, empty, has too few episodes to hold any out, or `budget` is too
+            small for the batches.
         RunError: `out` is taken by something else, the loss is not finite, or processes were started with other
             settings or data than the first.
     """
@@ -143,6 +144,9 @@ def pretrain(
         objective = make_objective(objectives, built, dataset.action_space).to(torch_device)
         train, held = (dataset, dataset) if held_out == 0 else dataset.split(held_out, np.random.default_rng([seed, 0]))
         prober = Prober(dataset, seed=seed) if probe_every and distributed.rank() == 0 else None
+        dataset.check_room(batch_size // distributed.world_size(), objective.span)
+        if torch_device.type == "cuda":
+            train = train.on(torch_device, budget=torch.cuda.mem_get_info(torch_device)[0] // 2)
         distributed.check_agreement({**settings, **chosen, "log_every": log_every})
         first = distributed.rank() == 0
         with runs.lock(Path(out)) if first else contextlib.nullcontext():
@@ -188,9 +192,12 @@ def _open(data: Dataset | str | Path | Sequence[str | Path], frame_stack: int | 
 
 
 def bfloat16_pays(device: torch.device) -> bool:
-    """Whether `device` has instructions that make bfloat16 convolutions faster than float32 ones."""
+    """Whether `device` has instructions for bfloat16: without them it takes twice as long as float32.
+
+    A rule, and not a trial of both: what a run learns must not depend on how busy the machine was when it began.
+    """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -249,7 +256,7 @@ class _Loop:
                 batch = following.result()
                 if self.update + 1 < self.updates:
                     following = loader.submit(self._sample, self.update + 1)
-                metrics = self._step(batch.to(self.device))
+                metrics = self._step(batch)
                 self.update += 1
                 bar.update()
                 self.seconds = time.perf_counter() - started
@@ -276,7 +283,7 @@ class _Loop:
     def _sample(self, update: int) -> Batch:
         rng = np.random.default_rng([self.seed, 1, update])
         share = distributed.rank(), distributed.world_size()
-        return self.train.sample(self.batch_size, self.objective.span, rng, share)
+        return self.train.sample(self.batch_size, self.objective.span, rng, share).to(self.device)
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         torch.manual_seed(int(np.random.SeedSequence([self.seed, 2, self.update]).generate_state(1)[0]))

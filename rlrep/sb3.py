@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 import torch
-import xxhash
 from gymnasium import spaces as gym_spaces
 from gymnasium.spaces import Space
 from safetensors.torch import save as save_safetensors
@@ -502,20 +501,19 @@ class LatentVecEnv(VecEnvWrapper):
 class _Memory:
     """Features of observations seen before, in about `n_bytes` at most; when it is full it starts anew."""
 
-    ENTRY = 224
-    """Bytes an entry takes beside its features: the digest, its slot and their place in the dictionary."""
+    ENTRY = 160
+    """Bytes an entry takes beside its features: the hash, its slot and their place in the dictionary."""
 
     def __init__(self, features_dim: int, n_bytes: int) -> None:
         self.capacity = n_bytes // (self.ENTRY + 4 * features_dim)
         # The operating system hands out pages of it only as they are written.
         self.table = np.empty((self.capacity, features_dim), np.float32)
-        self.slots: dict[bytes, int] = {}
+        self.slots: dict[int, int] = {}
         self.asked = self.known = 0
 
     def recall(self, obs: Tree, encode: Callable[[Tree], np.ndarray]) -> np.ndarray:
         """Returns the features of (M, *obs_shape) observations, (M, D); `encode` is asked for those not known."""
-        leaves = [np.ascontiguousarray(leaf) for leaf in tree_leaves(obs)]
-        keys = [_digest(leaf[i] for leaf in leaves) for i in range(len(leaves[0]))]
+        keys = spaces.hash_rows(obs).tolist()
         new = {key: i for i, key in enumerate(keys) if key not in self.slots}
         self.asked += len(keys)
         self.known += len(keys) - len(new)
@@ -530,10 +528,3 @@ class _Memory:
             self.table[start : start + len(rows)] = encode(tree_map(lambda x: x[rows], obs))
             self.slots.update(zip(new, range(start, start + len(rows)), strict=True))
         return self.table[[self.slots[key] for key in keys]]
-
-
-def _digest(parts: Iterable[np.ndarray]) -> bytes:
-    digest = xxhash.xxh3_128()
-    for part in parts:
-        digest.update(part.data)
-    return digest.digest()

@@ -1,4 +1,4 @@
-"""What kind of observation a space holds, spaces as JSON, and checks that two spaces are the same.
+"""What kind of observation a space holds, spaces as JSON, checks that two are the same, and hashes of observations.
 
 Kinds: `picture` (uint8 pixels), `grid` (uint8 symbols of a small board, as MiniGrid's 7x7x3), `tokens` (a row of
 integers from 0 to one bound: words), `vector` (everything else that flattens to numbers, integers as one-hot) and
@@ -8,10 +8,12 @@ integers from 0 to one bound: words), `vector` (everything else that flattens to
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+import xxhash
 from gymnasium import spaces
 from gymnasium.spaces import Space
 from torch import Tensor, nn
@@ -237,3 +239,23 @@ def check_same(seen: Space, expected: Space, what: str) -> None:
                 "use VecNormalize(norm_obs=False)."
             )
     raise SpaceError(f"{what} {expected}, but got {seen}.{hint}")
+
+
+def hash_rows(tree: Tree) -> np.ndarray:
+    """Returns a 64-bit hash (XXH3) of each row's bytes, (N,) uint64.
+
+    Args:
+        tree: (N, ...) array, or a dict of them; the order of its keys does not matter.
+    """
+    parts = [
+        np.ascontiguousarray(leaf).reshape(len(leaf), math.prod(leaf.shape[1:])).view(np.uint8)
+        for leaf in _sorted_leaves(tree)
+    ]
+    rows = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, rows), np.uint64, len(rows))
+
+
+def _sorted_leaves(tree: Tree) -> list[Any]:
+    if isinstance(tree, Mapping):
+        return [leaf for key in sorted(tree) for leaf in _sorted_leaves(tree[key])]
+    return [tree]

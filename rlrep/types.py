@@ -98,11 +98,16 @@ class Batch:
         return torch.cat([torch.ones_like(self.mask[:, :1]), self.mask], dim=1)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Returns this batch on `device`, with a fresh memo."""
+        """Returns this batch on `device`, with a fresh memo; to a GPU it travels while the caller goes on."""
+        to_gpu = torch.device(device).type == "cuda"
+
+        def move(leaf: Tensor) -> Tensor:
+            # Only page-locked memory is copied in the background.
+            leaf = leaf.pin_memory() if to_gpu and leaf.device.type == "cpu" else leaf
+            return leaf.to(device, non_blocking=True)
+
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "memo"}
-        return Batch(
-            **{name: tree_map(lambda leaf: leaf.to(device, non_blocking=True), v) for name, v in fields.items()}
-        )
+        return Batch(**{name: tree_map(move, value) for name, value in fields.items()})
 
 
 @dataclasses.dataclass(frozen=True)

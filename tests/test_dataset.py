@@ -525,6 +525,38 @@ def _peak_growth(path: Path, budgets: list[str]) -> list[int]:
     return growth
 
 
+def test_batches_gathered_on_a_device_are_those_of_the_host(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    space = OBSERVATIONS["dict"]
+    paths = [
+        write(tmp_path / f"data{i}", space, FIVE, [random_episode(space, FIVE, n, rng) for n in (1, 2, 9, 30)])
+        for i in range(2)
+    ]
+    for frame_stack in (1, 3):
+        host = Dataset(*paths, frame_stack=frame_stack).select([0, 3, 6, 7])
+        device = host.on("cpu", budget=10**6)
+        assert device is not host
+        assert host.on("cpu", budget=100) is host
+        a, b = (dataset.sample(64, 5, np.random.default_rng(1)) for dataset in (host, device))
+        for name in ("obs", "action", "terminated", "mask", "first"):
+            for mine, theirs in zip(tree_leaves(getattr(a, name)), tree_leaves(getattr(b, name)), strict=True):
+                assert torch.equal(mine, theirs), name
+        for mine, theirs in zip(tree_leaves(host.column("obs")), tree_leaves(device.column("obs")), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_share_is_a_part_of_the_whole_batch(tmp_path: Path) -> None:
+    dataset = Dataset(write_counted(tmp_path / "data", [3, 1, 8]))
+    whole = dataset.sample(12, 2, np.random.default_rng(0))
+    for i in range(3):
+        part = dataset.sample(12, 2, np.random.default_rng(0), share=(i, 3))
+        for name in ("obs", "action", "mask"):
+            for mine, all_of_it in zip(
+                tree_leaves(getattr(part, name)), tree_leaves(getattr(whole, name)), strict=True
+            ):
+                assert torch.equal(mine, all_of_it[4 * i : 4 * i + 4])
+
+
 @pytest.mark.parametrize("budget", ["2 apples", "GB", -1, "1.5XB"])
 def test_a_bad_budget_is_named(budget: Any, tmp_path: Path) -> None:
     path = write_counted(tmp_path / "data", [3])

@@ -294,6 +294,20 @@ def test_normalisation_goes_around_the_features(cls: type[BaseAlgorithm]) -> Non
         build(cls, VecNormalize(LatentVecEnv(venv_of("picture", cls), encoder), norm_obs=norm_obs), {}).learn(40)
 
 
+def test_a_replay_buffer_holds_features_and_no_pictures() -> None:
+    latent = LatentVecEnv(venv_of("picture"), encoder_of("picture"))
+    model = DQN("MlpPolicy", latent, buffer_size=400, learning_starts=20, device="cpu", seed=0)
+    model.learn(60)
+    buffer = model.replay_buffer
+    dim = latent.encoder.features_dim
+    for column in (buffer.observations, buffer.next_observations):
+        assert (column.shape, column.dtype) == ((200, 2, dim), np.float32)
+    stored = [key for key, value in vars(buffer).items() if isinstance(value, np.ndarray) and value.ndim > 3]
+    assert stored == [], "pictures beside the features"
+    assert model._last_obs.shape == (2, dim)
+    assert model._last_original_obs is None or model._last_original_obs.shape == (2, dim)
+
+
 def test_bad_arguments(tmp_path: Any) -> None:
     with pytest.raises(SpaceError, match="made for observations"):
         LatentVecEnv(venv_of("grid"), encoder_of("picture"))

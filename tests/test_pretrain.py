@@ -218,6 +218,55 @@ def test_too_few_episodes_to_hold_any_out(tmp_path: Path) -> None:
     pretrain(one, out=tmp_path / "run", held_out=0.0, **SMALL)
 
 
+PICTURE = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from rlrep.pretrain import pretrain
+
+torch.set_num_threads(1)
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+settings = dict(objectives="inverse", encoder="mlp:features_dim=8,hidden=[8]", updates=30, batch_size=32, log_every=10)
+pretrain("small", out="first", budget="8MB", **settings)
+before = peak()
+pretrain("large", out="second", budget="8MB", **settings)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_stays_near_the_budget_on_data_ten_times_as_large(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, n_episodes in (("small", 3), ("large", 64)):
+        with DatasetWriter(tmp_path / name, PICTURE, ACTIONS) as writer:
+            for _ in range(n_episodes):
+                obs = np.repeat(rng.integers(0, 255, (101, 64, 1, 1), dtype=np.uint8), 64, 2) * np.ones(3, np.uint8)
+                writer.add(Episode(obs, rng.integers(0, 4, 100), np.zeros(100, np.float32), True, False))
+    # 80 MB of pictures, in a process that has pre-trained before. Beside the budget there are two batches (3 MB), the
+    # held-out observations (12 MB) and what decodes them.
+    done = subprocess.run([sys.executable, "-c", PEAK], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 64e6
+
+
+def test_a_budget_too_small_for_the_batches_is_an_error(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"budget of 0.0 MB is too small: two batches of 16 segments"):
+        pretrain(data, out=tmp_path / "run", budget=1000, **SMALL)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_view_is_stacked_as_its_environment_says(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "data", SPACE, ACTIONS, env_spec="CartPole-v1:frame_stack=2") as writer:
+        for value in range(6):
+            obs = np.full((5, *SPACE.shape), value, np.uint8)
+            writer.add(Episode(obs, np.zeros(4, int), np.zeros(4, np.float32), True, False))
+    encoder = pretrain(Dataset(tmp_path / "data").select([1, 2, 3]), out=tmp_path / "run", **SMALL)
+    assert encoder.observation_space.shape == (5, 5, 6)
+    assert encoder.provenance["reward_free_steps"] == 3 * 4, "not the episodes that were left out"
+
+
 def test_episodes_of_one_step(tmp_path: Path) -> None:
     short = write(tmp_path / "short", n_episodes=20, length=1)
     encoder = pretrain(short, out=tmp_path / "run", objectives=["ae", "inverse", "atc:lag=3", "spr"], **SMALL)

@@ -32,6 +32,11 @@ def make_env(spec: str | Mapping[str, Any] | EnvSpec, factors: bool = True) -> g
             is not possible in it.
     """
     spec = EnvSpec.parse(spec)
+    if spec.backend != "python":
+        raise ValueError(
+            f"backend={spec.backend} steps many environments at once; make_vec_env makes them, n_envs=1 too. "
+            "For a single Gymnasium environment, use backend=python"
+        )
     env = _make(spec)
     if _is_minigrid(env):
         from rlrep_envs.minigrid import Factors, MiniGridObservation
@@ -56,7 +61,7 @@ def make_env(spec: str | Mapping[str, Any] | EnvSpec, factors: bool = True) -> g
 def make_vec_env(
     spec: str | Mapping[str, Any] | EnvSpec, n_envs: int = 1, seed: int = 0, factors: bool = True
 ) -> VecEnv:
-    """Makes `n_envs` environments for Stable-Baselines3, stepped one after the other in this process.
+    """Makes `n_envs` environments for Stable-Baselines3, stepped in this process by the spec's backend.
 
     Args:
         spec: As for `make_env`.
@@ -66,6 +71,7 @@ def make_vec_env(
 
     Raises:
         ValueError: As `make_env`, or `n_envs` below 1.
+        ImportError: The spec's backend is not installed.
     """
     spec = EnvSpec.parse(spec)
     if n_envs < 1:
@@ -87,7 +93,14 @@ def make_vec_env(
 
         return make
 
-    venv: VecEnv = SyncVecEnv([member(i) for i in range(n_envs)], draw)
+    venv: VecEnv
+    if spec.backend == "envpool":
+        from rlrep_envs.envpool import make_pool
+
+        venv = make_pool(spec, n_envs, factors)
+        venv.action_space.seed(seed)
+    else:
+        venv = SyncVecEnv([member(i) for i in range(n_envs)], draw)
     if spec.frame_stack > 1:
         venv = FrameStack(venv, spec.frame_stack)
     venv.seed(seed)

@@ -28,8 +28,9 @@ TILE = 8
 """Pixels along a cell's side."""
 
 _SHAPE = (len(OBJECT_TO_IDX), len(COLOR_TO_IDX), len(STATE_TO_IDX), 2)
-_PLACES = np.array([_SHAPE[1] * _SHAPE[2] * _SHAPE[3], _SHAPE[2] * _SHAPE[3], _SHAPE[3]])
-_ROWS = np.arange(TILE)[:, None]
+_PLACES = np.array([_SHAPE[1] * _SHAPE[2] * _SHAPE[3], _SHAPE[2] * _SHAPE[3], _SHAPE[3]]) * TILE
+_ROW = np.dtype((np.void, TILE * 3))
+"""A row of a tile's pixels, which numpy copies in one piece."""
 
 
 def _object(kind: str, color: str, state: int) -> WorldObj | None:
@@ -47,7 +48,7 @@ def _object(kind: str, color: str, state: int) -> WorldObj | None:
 
 @functools.cache
 def _atlas() -> np.ndarray:
-    """Returns MiniGrid's own picture of every symbol, (symbols, TILE, TILE * 3) uint8."""
+    """Returns MiniGrid's own picture of every symbol, (symbols * TILE,) rows of pixels."""
     tiles = np.zeros((*_SHAPE, TILE, TILE, 3), np.uint8)
     for kind, i in OBJECT_TO_IDX.items():
         for j, color in IDX_TO_COLOR.items():
@@ -57,7 +58,7 @@ def _atlas() -> np.ndarray:
                 # What is not seen is not lit; the agent faces up (3), and its own cell shows only what it can carry.
                 tiles[i, j, state, 0] = Grid.render_tile(thing, highlight=kind != "unseen", tile_size=TILE)
                 tiles[i, j, state, 1] = Grid.render_tile(held, agent_dir=3, highlight=True, tile_size=TILE)
-    return tiles.reshape(-1, TILE, TILE * 3)
+    return tiles.reshape(-1, TILE * 3).view(_ROW)[:, 0]
 
 
 def render_symbols(symbols: np.ndarray) -> np.ndarray:
@@ -71,8 +72,9 @@ def render_symbols(symbols: np.ndarray) -> np.ndarray:
     """
     n, v = symbols.shape[:2]
     index = (symbols @ _PLACES).transpose(0, 2, 1)
-    index[:, v - 1, v // 2] += 1
-    return _atlas()[index[:, :, None, :], _ROWS].reshape(n, v * TILE, v * TILE, 3)
+    index[:, v - 1, v // 2] += TILE
+    rows = index[:, :, None, :] + np.arange(TILE)[:, None]
+    return _atlas().take(rows).view(np.uint8).reshape(n, v * TILE, v * TILE, 3)
 
 
 @functools.cache
@@ -229,9 +231,10 @@ class Factors(gym.Wrapper[Any, Any, Any, Any]):
         self._key_cell: tuple[int, int]
         self._key: Any
         self._key_cell, self._key = keys[0] if keys else ((-1, -1), None)
-        solid = {cell for cell, thing in things if thing.type in ("wall", "door")}
-        cells = [(x, y) for y in range(board.grid.height) for x in range(width)]
-        self._rooms = _components([cell for cell in cells if cell not in solid])
+        solid = np.zeros((width, board.grid.height), bool)
+        for cell, thing in things:
+            solid[cell] = thing.type in ("wall", "door")
+        self._rooms = number_rooms(solid).tolist()
         self._room = 0
         info["factors"] = self._read()
         return obs, info
@@ -245,7 +248,7 @@ class Factors(gym.Wrapper[Any, Any, Any, Any]):
     def _read(self) -> dict[str, int]:
         board: Any = self.unwrapped
         x, y = map(int, board.agent_pos)
-        self._room = self._rooms.get((x, y), self._room)
+        self._room = self._rooms[x][y] if self._rooms[x][y] >= 0 else self._room
         if self._key is not None:
             self._key_cell = self._find_key(board)
         held = board.carrying
@@ -270,20 +273,35 @@ class Factors(gym.Wrapper[Any, Any, Any, Any]):
         return (x, y) if board.grid.get(x, y) is self._key else (-1, -1)
 
 
-def _components(cells: list[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """Returns the number of the connected part that each cell is in; parts are numbered in the order of `cells`."""
-    number: dict[tuple[int, int], int] = {}
-    free, parts = set(cells), 0
-    for start in cells:
-        if start not in free:
-            continue
-        free.remove(start)
-        frontier = [start]
-        while frontier:
-            x, y = cell = frontier.pop()
-            number[cell] = parts
-            beside = free.intersection([(x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1)])
-            free -= beside
-            frontier += beside
+def number_rooms(solid: np.ndarray) -> np.ndarray:
+    """Numbers the parts of a board that solid cells separate, in reading order.
+
+    Args:
+        solid: (width, height) bool.
+
+    Returns:
+        (width, height) int16, read-only: the part each cell is in, -1 where it is solid.
+    """
+    return _number_rooms(solid.tobytes(), *solid.shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _number_rooms(solid: bytes, width: int, height: int) -> np.ndarray:
+    # The board is the bits of one integer, row by row. A solid column at the end keeps rows apart.
+    line = width + 1
+    cells = np.zeros((height, line), bool)
+    cells[:, :width] = ~np.frombuffer(solid, bool).reshape(width, height).T
+    free = int.from_bytes(np.packbits(cells, bitorder="little").tobytes(), "little")
+    rooms, parts = np.full(cells.shape, -1, np.int16), 0
+    while free:
+        room, grown = 0, free & -free
+        while grown != room:
+            room = grown
+            grown = (room | room << 1 | room >> 1 | room << line | room >> line) & free
+        free ^= room
+        bits = np.frombuffer(room.to_bytes(cells.size // 8 + 1, "little"), np.uint8)
+        rooms[np.unpackbits(bits, count=cells.size, bitorder="little").reshape(cells.shape).astype(bool)] = parts
         parts += 1
-    return number
+    rooms = np.ascontiguousarray(rooms[:, :width].T)
+    rooms.flags.writeable = False
+    return rooms

@@ -16,6 +16,10 @@ from typing import Any, Literal, get_args
 
 ObservationMode = Literal["native", "grid", "rgb", "rgb_full"]
 Distraction = Literal["noisy_tv", "background"]
+Backend = Literal["python", "envpool"]
+
+THREADS = "num_threads"
+"""The keyword of envpool's that says how it steps, and nothing about the environment."""
 
 _WORDS = {"true": True, "false": False, "none": None}
 
@@ -143,6 +147,8 @@ class EnvSpec:
     """Whether MiniGrid's mission is observed, as tokens. `auto`: where it differs between episodes, and in `native`."""
     distraction: Distraction | None = None
     """`noisy_tv` or `background`: something to look at that tells nothing about the task."""
+    backend: Backend = "python"
+    """What steps the environments: Gymnasium's own, one after the other, or all of them in envpool's C++."""
     kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Keywords of the environment's constructor. Lists are kept, and reach the environment, as tuples."""
 
@@ -151,6 +157,7 @@ class EnvSpec:
             raise ValueError(f"an environment's id is text such as 'CartPole-v1', not {self.id!r}")
         object.__setattr__(self, "kwargs", {key: _tuples(value) for key, value in sorted(self.kwargs.items())})
         self._check_choice("obs", get_args(ObservationMode))
+        self._check_choice("backend", get_args(Backend))
         if self.distraction is not None:
             self._check_choice("distraction", get_args(Distraction))
         if self.mission != "auto" and not isinstance(self.mission, bool):
@@ -166,6 +173,19 @@ class EnvSpec:
         if value not in choices:
             hint = nearest(str(value), choices)
             raise ValueError(f"{name}={value!r} of {self.id} does not exist.{hint} It is one of {', '.join(choices)}.")
+
+    @property
+    def is_minigrid(self) -> bool:
+        """Whether the id is one of MiniGrid's or BabyAI's own."""
+        return self.id.startswith(("MiniGrid-", "BabyAI-"))
+
+    @property
+    def task(self) -> EnvSpec:
+        """What is observed and done, whatever steps it: MiniGrid and BabyAI are the same in every backend."""
+        if self.backend == "python" or not self.is_minigrid:
+            return self
+        kwargs = {key: value for key, value in self.kwargs.items() if key != THREADS}
+        return dataclasses.replace(self, backend="python", kwargs=kwargs)
 
     @classmethod
     def _names(cls) -> set[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rlrep.dataset import Dataset
-from rlrep.explore.base import hash_rows
+from rlrep.spaces import hash_rows
 from rlrep.types import Episode
 
 CHUNK = 2**14

@@ -259,10 +259,9 @@ def probe(
     """
     encoder = load_encoder(encoder)
     if not isinstance(data, Dataset):
-        paths = [data] if isinstance(data, str | Path) else data
-        opened = Dataset(*paths)
-        stack = EnvSpec.parse(opened.env_spec).frame_stack if opened.env_spec else 1
-        data = opened if stack == 1 else Dataset(*paths, frame_stack=stack)
+        data = Dataset(*([data] if isinstance(data, str | Path) else data))
+        stack = EnvSpec.parse(data.env_spec).frame_stack if data.env_spec else 1
+        data = data if stack == data.frame_stack else data.stacked(stack)
     return Prober(data, n, held_out, seed).probe(encoder, k)
 
 

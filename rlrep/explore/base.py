@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-import xxhash
 from gymnasium import spaces as gym_spaces
 from gymnasium.spaces import Space
 from torch import Tensor, nn
@@ -147,26 +145,6 @@ def sample_actions(space: Space, n: int, rng: np.random.Generator) -> np.ndarray
         drawn = rng.uniform(space.low, high, size=(n, *space.shape))
         return (np.floor(drawn) if integers else drawn).astype(space.dtype)
     raise SpaceError(f"action space {space} is not supported: use Discrete, MultiDiscrete, MultiBinary or Box")
-
-
-def hash_rows(tree: Tree) -> np.ndarray:
-    """Returns a 64-bit hash (XXH3) of each row's bytes, (N,) uint64.
-
-    Args:
-        tree: (N, ...) array, or a dict of them; the order of its keys does not matter.
-    """
-    parts = [
-        np.ascontiguousarray(leaf).reshape(len(leaf), math.prod(leaf.shape[1:])).view(np.uint8)
-        for leaf in _sorted_leaves(tree)
-    ]
-    rows = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-    return np.fromiter(map(xxhash.xxh3_64_intdigest, rows), np.uint64, len(rows))
-
-
-def _sorted_leaves(tree: Tree) -> list[Any]:
-    if isinstance(tree, Mapping):
-        return [leaf for key in sorted(tree) for leaf in _sorted_leaves(tree[key])]
-    return [tree]
 
 
 class RunningMeanStd(nn.Module):

@@ -11,7 +11,8 @@ from gymnasium.spaces import Space
 from torch import Tensor
 
 from rlrep import spaces
-from rlrep.explore.base import Bonus, explorers, hash_rows
+from rlrep.explore.base import Bonus, explorers
+from rlrep.spaces import hash_rows
 from rlrep.types import Transition, Tree, tree_leaves, tree_map
 
 

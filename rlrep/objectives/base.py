@@ -22,7 +22,8 @@ Spec = str | Mapping[str, Any]
 class Objective(nn.Module):
     """A reward-free loss over segments that shapes `self.encoder`.
 
-    `forward(batch)` returns the loss, 0-d, and detached metrics, so that wrapping for distributed training just works.
+    `forward(batch)` returns the loss, 0-d, and detached metrics. Under `torchrun` a process has only some rows of a
+    batch: what compares rows with each other, or draws random numbers for them, does so by `rlrep.distributed`.
     Target networks are called `ema_...`, take no gradient, and move in `after_step` only. Nothing may depend on what
     lies past the end of an episode: use `batch.mask`.
 

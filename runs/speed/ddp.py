@@ -14,7 +14,7 @@ from measure import compare, make_data
 
 import rlrep
 
-SETTINGS = {"objectives": ["ae", "inverse"], "updates": 60, "log_every": 60, "batch_size": 256}
+SETTINGS = {"objectives": ["ae", "inverse"], "updates": 40, "log_every": 40, "batch_size": 256}
 
 
 def serve(rank: int, orders: list[Connection], folder: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from gymnasium import spaces
 
 from rlrep.explore import make_explorer
-from rlrep.explore.base import hash_rows
+from rlrep.spaces import hash_rows
 from rlrep.types import Transition
 
 SPACE = spaces.Box(0, 255, (2, 2, 3), np.uint8)

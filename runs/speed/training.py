@@ -1,0 +1,113 @@
+"""How fast encoders are pre-trained and policies fine-tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ratios import Row, compare, repeat
+from rlrep_envs import make_vec_env
+from sampling import make_data
+from stable_baselines3 import PPO
+
+import rlrep
+from rlrep.dataset import Dataset
+from rlrep.objectives import make_objective
+from rlrep.pretrain import bfloat16_pays
+
+SPEC = "MiniGrid-DoorKey-6x6-v0:obs=rgb"
+N_ENVS = 16
+UPDATES = 10
+
+
+class Trainer:
+    """Updates of an encoder on given batches, as `rlrep.pretrain` makes them."""
+
+    def __init__(self, data: Dataset, objectives: Any, bfloat16: bool, batch_size: int = 256) -> None:
+        self.encoder = rlrep.make_encoder("auto", data.observation_space)
+        self.objective = make_objective(objectives, self.encoder, data.action_space)
+        self.optimizer = torch.optim.AdamW(self.objective.parameters())
+        self.data, self.bfloat16, self.batch_size = data, bfloat16, batch_size
+        self.rng = np.random.default_rng(0)
+
+    def sample(self) -> rlrep.Batch:
+        """Draws a batch."""
+        return self.data.sample(self.batch_size, self.objective.span, self.rng)
+
+    def update(self, batch: rlrep.Batch) -> None:
+        """Takes one gradient step."""
+        batch.memo.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bfloat16):
+            loss, _ = self.objective(batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def on_one(self) -> Callable[[], None]:
+        """Updates on one batch that stays in memory."""
+        return repeat(self.update, self.sample(), times=UPDATES)
+
+    def loaded(self) -> None:
+        """Updates on drawn batches, the next one loading behind."""
+        with ThreadPoolExecutor(1) as loader:
+            following = loader.submit(self.sample)
+            for _ in range(UPDATES):
+                batch = following.result()
+                following = loader.submit(self.sample)
+                self.update(batch)
+
+
+def channels_first(data: Dataset) -> Callable[[], None]:
+    """The same updates in float32 on pictures that lie channels first, as most codes have them."""
+    trainer = Trainer(data, ["ae"], bfloat16=False)
+    encoder: Any = trainer.encoder
+    forward = encoder.convolutions.forward
+    encoder.convolutions.forward = lambda x: forward(x.contiguous())
+    return trainer.on_one()
+
+
+def policies() -> dict[str, Any]:
+    """PPO on frozen features, and what it is measured against."""
+    settings: dict[str, Any] = {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "device": "cpu"}
+    encoder = rlrep.make_encoder("auto", make_vec_env(SPEC).observation_space)
+
+    def env() -> Any:
+        return make_vec_env(SPEC, N_ENVS, factors=False)
+
+    kwargs = rlrep.policy_kwargs(encoder, "ppo", mode="scratch")
+    return {
+        "frozen": PPO("MlpPolicy", rlrep.LatentVecEnv(env(), encoder), **settings),
+        "SB3's CnnPolicy end to end": PPO("CnnPolicy", env(), **settings),
+        "the same encoder end to end": PPO("MlpPolicy", env(), policy_kwargs=kwargs, **settings),
+    }
+
+
+def rows(folder: Path) -> Iterator[Row]:
+    """Measures training."""
+    data = make_data(folder)
+    trainer = Trainer(data, ["ae"], bfloat16_pays(torch.device("cpu")))
+    yield compare(
+        "pre-training, against the same updates on one batch in memory",
+        "at least 0.9",
+        trainer.loaded,
+        trainer.on_one(),
+    )
+    yield compare(
+        "an update of the default picture encoder, against float32 channels first",
+        "at least 1.4",
+        trainer.on_one(),
+        channels_first(data),
+    )
+    models = policies()
+    frozen = models.pop("frozen")
+    for other, model in models.items():
+        yield compare(
+            f"PPO on frozen features, against {other}",
+            "at least 6",
+            lambda: frozen.learn(4096),
+            lambda model=model: model.learn(4096),
+        )
