@@ -117,7 +117,7 @@ class Probes:
         """
         wanting = []
         for requirement in requirements:
-            match = re.fullmatch(r"\s*([^<>=.\s]+)(?:\.(linear|knn))?\s*([<>])\s*(\S+)\s*", requirement)
+            match = re.fullmatch(r"\s*([^<>=.\s]+)(?:\.(linear|knn))?\s*([<>])\s*([^\s=]+)\s*", requirement)
             if not match:
                 raise RequirementError(f"a requirement is written label>number or label<number, not {requirement!r}")
             name, kind, sign, bound = match.groups()

@@ -160,7 +160,8 @@ def test_statistics_of_features() -> None:
 
 def test_requirements(data: Dataset) -> None:
     found = probe(Column(SPACE), data, n=200)
-    assert found.unmet(["x>0.9", "x.knn > 0.9", "x>chance", "y<raw", "dead_units<0.5", "x.knn>raw"]) == []
+    assert found.unmet(["x>0.9", "x.knn > 0.9", "x>chance", "y<raw", "dead_units<0.5"]) == []
+    assert found.unmet(["x>random"]) == ["x>random is not met: x is 1.000, and random is 1.000"]
     (wanting,) = found.unmet(["x>0.9", "y>0.9"])
     assert wanting.startswith("y>0.9 is not met: y is 0.")
     for requirement, message in (
