@@ -167,7 +167,7 @@ def test_requirements(data: Dataset) -> None:
     for requirement, message in (
         ("x", "label>number"),
         ("x>=1", "label>number"),
-        ("agent_x>0.8", "nothing called 'agent_x'.*There are: x, y"),
+        ("agent_x>0.8", "nothing called 'agent_x'.*There are: far, luck, x, y"),
         ("x>much", "not 'much'"),
         ("dead_units<raw", "not 'raw'"),
     ):
