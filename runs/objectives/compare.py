@@ -30,7 +30,7 @@ CELLS = "cells.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `recipe.yaml` says."""
+    """What `plan.yaml` says."""
 
     tasks: dict[str, int]
     collect: dict[str, Any]
@@ -197,15 +197,15 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(recipe: Path = HERE / "recipe.yaml", out: Path = HERE / "out", results: Path = HERE / "results") -> None:
+def main(plan_file: Path = HERE / "plan.yaml", out: Path = HERE / "out", results: Path = HERE / "results") -> None:
     """Runs the cells that are missing from the results, and writes the report after each.
 
     Args:
-        recipe: What to compare.
+        plan_file: What to compare.
         out: Data, encoders and runs; may be thrown away.
         results: Rows of finished cells, and the report.
     """
-    plan = load_yaml(Plan, recipe)
+    plan = load_yaml(Plan, plan_file)
     wanted = list(cells(plan))
     results.mkdir(parents=True, exist_ok=True)
     with runs.lock(out):
