@@ -25,8 +25,9 @@ from rlrep.explore import explorers
 from rlrep.finetune import finetune
 from rlrep.objectives import objectives
 from rlrep.pretrain import pretrain
-from rlrep.recipe import Collect, Finetune, Pretrain, Probe, Recipe, load_recipe, run
+from rlrep.recipe import Collect, Finetune, Pretrain, Probe, Recipe, load_recipe, on_ray, run, sweep
 from rlrep.sb3 import PAPERS, algorithms
+from rlrep.settings import read_value
 from rlrep.types import RlrepError
 
 Flat = arg(name="")
@@ -54,8 +55,8 @@ class CollectCommand:
 class PretrainCommand:
     """Train an encoder on recorded data, without reward."""
 
-    data: Positional[tuple[Path, ...]]
-    """Dataset folders; several are read as one."""
+    data: Positional[tuple[str, ...]]
+    """Dataset folders, or URLs such as s3://bucket/data; several are read as one."""
     settings: Annotated[Pretrain, Flat]
     out: Path
     """Run folder; the encoder ends up in its `encoder/`. The same command resumes it."""
@@ -77,8 +78,8 @@ class FinetuneCommand:
     settings: Annotated[Finetune, Flat]
     out: Path
     """Run folder. The same command runs the jobs that are missing."""
-    encoder: Path | None = None
-    """Folder of a pre-trained encoder, or of the run that trained it."""
+    encoder: str | None = None
+    """Folder or URL of a pre-trained encoder, or of the run that trained it."""
     overwrite: bool = False
     """Start again, throwing away what is in the folder."""
 
@@ -146,14 +147,31 @@ class RunCommand:
     """A folder that holds recipe.yaml, or the file."""
     settings: Annotated[Recipe, Flat]
     out: Path | None = None
-    """Where results go; `out` beside the recipe unless given."""
+    """Where results go; `out` beside the recipe unless given, or `sweep` of a sweep."""
     overwrite: bool = False
     """Do every stage again."""
+    sweep: tuple[str, ...] = ()
+    """Settings with several values, such as pretrain.objectives=[ae],[spr]: runs every combination, side by side."""
+    ray: str | None = None
+    """Run jobs on Ray: `local`, or the address of a cluster (HOST:PORT, auto)."""
 
     def __call__(self) -> None:
         """Runs the recipe."""
         folder = self.recipe if self.recipe.is_dir() else self.recipe.parent
-        run(self.settings, self.out or folder / "out", overwrite=self.overwrite)
+        if self.sweep:
+            values = dict(map(_swept, self.sweep))
+            sweep(self.settings, values, self.out or folder / "sweep", ray=self.ray, overwrite=self.overwrite)
+        else:
+            recipe = on_ray(self.settings, self.ray) if self.ray else self.settings
+            run(recipe, self.out or folder / "out", overwrite=self.overwrite)
+
+
+def _swept(text: str) -> tuple[str, list[Any]]:
+    """Reads `key=value,value`, the values as in YAML."""
+    key, _, values = text.partition("=")
+    if not key or not values:
+        raise ValueError(f"--sweep takes SETTING=VALUE,VALUE such as pretrain.updates=500,1000, not {text!r}")
+    return key, read_value(f"[{values}]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +219,7 @@ def _options(registry: Any, name: str) -> str:
 class DataInfo:
     """Describe a dataset: spaces, episodes, steps, size, where it came from."""
 
-    data: Positional[tuple[Path, ...]]
+    data: Positional[tuple[str, ...]]
 
     def __call__(self) -> None:
         """Prints the description."""
@@ -215,7 +233,7 @@ class DataInfo:
 class DataVerify:
     """Read a dataset again from end to end, and compare every episode with its digest."""
 
-    data: Positional[Path]
+    data: Positional[str]
 
     def __call__(self) -> int:
         """Prints what is damaged; the exit status is 1 if anything is."""
@@ -228,7 +246,7 @@ class DataVerify:
 class DataMerge:
     """Copy several datasets into one."""
 
-    data: Positional[tuple[Path, ...]]
+    data: Positional[tuple[str, ...]]
     out: Path
 
     def __call__(self) -> None:
@@ -240,7 +258,7 @@ class DataMerge:
 class DataExport:
     """Write a dataset for other libraries, losslessly."""
 
-    data: Positional[Path]
+    data: Positional[str]
     out: str
     """A Minari id such as minigrid/doorkey-v0, or a .npz file."""
     format: Literal["minari", "npz"] = "minari"

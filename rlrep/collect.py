@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import io
 import json
 import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -31,14 +33,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlrep import runs, spaces
-from rlrep.dataset import COMMIT, META, Dataset, DatasetWriter
+from rlrep.dataset import COMMIT, FORMAT_VERSION, META, PARTS, Dataset, DatasetWriter
 from rlrep.encoders import Encoder, make_encoder
 from rlrep.evaluate.coverage import Coverage
 from rlrep.explore import Actor, Bonus, ReturnNormaliser, make_explorer
 from rlrep.explore.base import sample_actions
+from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.registry import nearest
 from rlrep.sb3 import policy_kwargs
-from rlrep.types import Batch, Episode, RlrepError, RunError, Transition, Tree, to_tensor, tree_leaves, tree_map
+from rlrep.types import (
+    Batch,
+    DatasetError,
+    Episode,
+    RlrepError,
+    RunError,
+    Transition,
+    Tree,
+    to_tensor,
+    tree_leaves,
+    tree_map,
+)
 
 PPO_SETTINGS: dict[str, Any] = {
     "n_steps": 128,
@@ -462,6 +476,8 @@ def collect(
     settings: Mapping[str, Any] | None = None,
     device: str = "auto",
     checkpoint_every: int = 10_000,
+    n_workers: int = 1,
+    ray: str | None = None,
     overwrite: bool = False,
 ) -> Dataset:
     """Explores an environment without its reward, and records everything it says.
@@ -481,6 +497,11 @@ def collect(
         settings: Arguments of PPO, over those in `PPO_SETTINGS`.
         device: Where policy and bonus compute; `auto` is a GPU if there is one.
         checkpoint_every: Steps between commits to disk, checkpoints of the explorer and rows of coverage.
+        n_workers: Processes, a core each, that explore side by side with explorers, environments and seeds of their
+            own. Each writes `out/worker-I`, and `out` is read as one dataset. One that dies is started again, and goes
+            on from what it had committed.
+        ray: Where the workers run: `local` or the address of a Ray cluster (`HOST:PORT`, `auto`), whose nodes have
+            rlrep installed and share the file system that `out` lies on; on this machine, without Ray, unless given.
         overwrite: Start again, throwing away what is in `out`.
 
     Returns:
@@ -489,9 +510,42 @@ def collect(
     Raises:
         SpecError: Unknown explorer, encoder or option.
         SpaceError: The explorer cannot work in this environment.
-        RunError: `out` was collected with other settings.
+        RunError: `out` was collected with other settings or by another number of workers, or a worker failed.
+        ClusterError: The Ray cluster cannot be reached.
         DatasetError: `out` holds something else, or cannot be written.
         ValueError: An unknown environment, or a number out of range.
+    """
+    call = {name: value for name, value in locals().items() if name not in ("n_workers", "ray")}
+    if n_workers < 1:
+        raise ValueError(f"n_workers must be at least 1, not {n_workers}")
+    _check_layout(Path(out), n_workers, overwrite)
+    if n_workers > 1 or ray is not None:
+        return _side_by_side(call, Path(out), n_workers, ray)
+    if overwrite and (Path(out) / PARTS).exists():
+        _try_out(call)
+        _throw_away(Path(out))
+    return _collect(**call)[0]
+
+
+def _collect(
+    env: str | Mapping[str, Any] | EnvSpec | VecEnv,
+    *,
+    out: str | Path,
+    explorer: str | Mapping[str, Any],
+    steps: int,
+    n_envs: int,
+    seed: int,
+    episodic: bool,
+    encoder: str | Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
+    device: str,
+    checkpoint_every: int,
+    overwrite: bool,
+    follow: Callable[[int], None] | None = None,
+) -> tuple[Dataset, Coverage | None]:
+    """Is `collect` with one worker; returns the coverage too, unless all was there.
+
+    With `follow`, nothing is shown or printed: it is told instead, every now and then, how many steps there are.
     """
     for name, value in {"steps": steps, "n_envs": n_envs, "checkpoint_every": checkpoint_every}.items():
         if value < 1:
@@ -511,8 +565,9 @@ def collect(
     }
     done = 0 if overwrite else _committed(out, asked)
     if done >= steps:
-        print(f"{out} already holds {done:,} steps")
-        return Dataset(out)
+        if follow is None:
+            print(f"{out} already holds {done:,} steps")
+        return Dataset(out), None
     # Environments of different seeds have no layout in common, and whoever goes on does not begin with known ones.
     chance = np.random.SeedSequence([seed, done])
     first_seed = int(chance.generate_state(1)[0] >> 1) if done else seed * asked["n_envs"]
@@ -546,7 +601,7 @@ def collect(
                 flush_every=checkpoint_every,
             )
         )
-        session = _Session(out, writer, steps, checkpoint_every, interrupted)
+        session = _Session(out, writer, steps, checkpoint_every, interrupted, follow)
         recorder = session.recorder = Recorder(venv, session, seed=first_seed)
         top: VecEnv = FrameStack(recorder, n_stack) if n_stack > 1 else recorder
         rng = np.random.default_rng(chance)
@@ -566,7 +621,105 @@ def collect(
                 _learn(session, rewarded, cast(Encoder, network), ppo, first_seed)
             recorder.finish()
     session.summarise(asked["explorer"])
+    return Dataset(out), session.coverage
+
+
+def _check_layout(out: Path, n_workers: int, overwrite: bool) -> None:
+    """Checks that `out` holds nothing that another number of workers wrote."""
+    if overwrite:
+        return
+    found = n_workers
+    if (out / PARTS).exists():
+        found = len(runs.read_json(out / PARTS)["parts"])
+    elif (out / META).exists():
+        found = 1
+    if found != n_workers:
+        raise RunError(
+            f"{out} was collected with n_workers={found}, asked for {n_workers}. "
+            "Keep the number, choose another folder, or pass overwrite to start again."
+        )
+
+
+def _try_out(call: Mapping[str, Any]) -> None:
+    """Collects a step into a folder of its own, so that all that can be wrong is found before anything is touched."""
+    with tempfile.TemporaryDirectory(prefix="rlrep-") as folder:
+        _collect(**{**call, "out": Path(folder) / "data", "steps": 1, "overwrite": False}, follow=lambda steps: None)
+
+
+def _throw_away(out: Path) -> None:
+    """Empties a folder that holds a dataset, of one worker or several; one of anything else is an error."""
+    left = sorted(path.name for path in out.iterdir() if path.name[0] != ".") if out.exists() else []
+    if left and not {META, PARTS} & set(left):
+        raise DatasetError(f"{out} holds files that are no dataset ({left[0]}, ...); choose another folder")
+    # What says that it is ours goes last, and what says that there is something to read first.
+    for name in sorted(left, key=lambda name: (name in (META, PARTS), name != COMMIT)):
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+
+
+def _side_by_side(call: dict[str, Any], out: Path, n_workers: int, ray: str | None) -> Dataset:
+    """Lets several workers collect a share of the steps each, and says what they reached together."""
+    if isinstance(call["env"], VecEnv):
+        raise ValueError("several workers make their environments themselves: pass an environment spec, not a VecEnv")
+    steps = call["steps"]
+    if steps < n_workers:
+        raise ValueError(f"steps must be at least 1 for each of the {n_workers} workers, not {steps} in all")
+    _try_out(call)
+    if call["overwrite"]:
+        _throw_away(out)
+    names = [f"worker-{i}" for i in range(n_workers)]
+    jobs = [
+        call
+        | {
+            "env": str(EnvSpec.parse(call["env"])),
+            "out": str((out / name if n_workers > 1 else out).resolve()),
+            "steps": steps // n_workers + (i < steps % n_workers),
+            "seed": call["seed"] * n_workers + i,
+            # One that starts again must find what it wrote.
+            "overwrite": False,
+        }
+        for i, name in enumerate(names)
+    ]
+    reached: dict[str, int] = {}
+    failures: list[str] = []
+    coverage = Coverage()
+    with contextlib.ExitStack() as stack:
+        if n_workers > 1:
+            stack.enter_context(runs.lock(out))
+            runs.write_json(out / PARTS, {"format_version": FORMAT_VERSION, "parts": names})
+        workers = f"collect ({n_workers} workers)"
+        bar = stack.enter_context(tqdm(total=steps, desc=workers, unit="step", unit_scale=True, mininterval=0.5))
+
+        def receive(job: Mapping[str, Any], steps: int) -> None:
+            reached[job["out"]] = steps
+            bar.update(sum(reached.values()) - bar.n)
+
+        try:
+            for job, found in map_jobs(_collect_share, jobs, n_workers, ray=ray, receive=receive):
+                if isinstance(found, JobFailure):
+                    failures.append(f"{Path(job['out']).name}: {found.error}")
+                else:
+                    coverage.include(found)
+        except KeyboardInterrupt:
+            print(f"stopped at about {sum(reached.values()):,} steps; the same command goes on from what is on disk")
+            raise
+    if failures:
+        raise RunError(
+            f"{len(failures)} of {n_workers} workers failed; {failures[0]}. What was committed is there, and the same "
+            "command goes on from it."
+        )
+    figures = coverage.figures()
+    runs.write_json(out / EXPLORER / COVERAGE, figures)
+    print(f"{call['explorer']}: {describe(figures)}")
     return Dataset(out)
+
+
+def _collect_share(job: Mapping[str, Any], send: Send) -> Coverage:
+    """What one of several workers does."""
+    data, coverage = _collect(**job, follow=send)
+    if coverage is None:
+        coverage = Coverage()
+        coverage.add(*data)
+    return coverage
 
 
 def _committed(out: Path, asked: Mapping[str, Any]) -> int:
@@ -629,7 +782,13 @@ class _Session:
     """One call of `collect`: how far it got, what it reached, and what it saves as it goes."""
 
     def __init__(
-        self, out: Path, writer: DatasetWriter, steps: int, checkpoint_every: int, interrupted: threading.Event
+        self,
+        out: Path,
+        writer: DatasetWriter,
+        steps: int,
+        checkpoint_every: int,
+        interrupted: threading.Event,
+        follow: Callable[[int], None] | None = None,
     ) -> None:
         self.writer, self.steps, self.checkpoint_every = writer, steps, checkpoint_every
         self.folder = out / EXPLORER
@@ -647,9 +806,10 @@ class _Session:
                 self.coverage.add(episode)
             runs.trim_jsonl(self.folder / METRICS, lambda row: row["steps"] <= self.before)
         self._next = self.checkpoint_every
-        self._bar = tqdm(
-            total=steps, initial=self.before, desc="collect", unit="step", unit_scale=True, mininterval=0.5
-        )
+        self.quiet = follow is not None
+        bar: dict[str, Any] = {"total": steps, "initial": self.before, "desc": "collect", "mininterval": 0.5}
+        bar |= {"unit": "step", "unit_scale": True}
+        self._bar = tqdm(**bar) if follow is None else _ToldBar(follow, **bar)
         self._interrupted = interrupted
         self._started = time.perf_counter()
 
@@ -703,14 +863,27 @@ class _Session:
                 self.checkpoint()
         finally:
             self._bar.close()
-        if kind is KeyboardInterrupt:
+        if kind is KeyboardInterrupt and not self.quiet:
             print(f"stopped with {self.writer.n_transitions:,} steps on disk; the same command goes on from there")
 
     def summarise(self, explorer: Any) -> None:
         """Prints what was reached, and saves it."""
         figures = self.coverage.figures()
         runs.write_json(self.folder / COVERAGE, figures)
-        print(f"{explorer}: {describe(figures)}")
+        if not self.quiet:
+            print(f"{explorer}: {describe(figures)}")
+
+
+class _ToldBar(tqdm):
+    """A progress bar that somebody else shows."""
+
+    def __init__(self, follow: Callable[[int], None], **options: Any) -> None:
+        self.follow = follow
+        super().__init__(file=io.StringIO(), **options)
+
+    def display(self, *args: Any, **options: Any) -> None:
+        """Says how far it got."""
+        self.follow(int(self.n))
 
 
 def describe(figures: Mapping[str, Any]) -> str:

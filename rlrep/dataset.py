@@ -55,12 +55,13 @@ from gymnasium.spaces import Space
 
 from rlrep.runs import lock, provenance, read_json, write_json
 from rlrep.spaces import from_json, kind, leaves, to_json
+from rlrep.storage import Url, context, explain, kvstore, locate
 from rlrep.types import Batch, DatasetError, Episode, RunError, Tree, tree_map
 
 __all__ = ["Dataset", "DatasetWriter", "Verification", "verify"]
 
 FORMAT_VERSION = 1
-META, COMMIT, GROUP = "meta.json", "commit.json", "zarr.json"
+META, COMMIT, PARTS, GROUP = "meta.json", "commit.json", "parts.json", "zarr.json"
 INFO = ("seed", "env_index", "explorer_version")
 TABLE = ("start", "length", *INFO, "digest")
 DIGEST_BYTES = 16
@@ -78,6 +79,12 @@ def _columns(observation_space: Space, action_space: Space) -> dict[str, Space]:
     """The space of every row of every column that a space describes."""
     obs = {f"obs/{path}".rstrip("/"): leaf for path, leaf in leaves(observation_space).items()}
     return {**obs, "action": action_space}
+
+
+def _column_names(meta: Mapping[str, Any]) -> list[str]:
+    """The columns of a dataset that hold a row an observation."""
+    found = _columns(from_json(meta["observation_space"]), from_json(meta["action_space"]))
+    return [*found, *FLAGS, *(f"factor/{name}" for name in meta["factors"])]
 
 
 FLAGS = {"reward": np.dtype(np.float32), "terminated": np.dtype(bool), "truncated": np.dtype(bool)}
@@ -112,11 +119,11 @@ def _layout(dtype: np.dtype, row_shape: tuple[int, ...]) -> tuple[int, int]:
     return chunk, max(chunk, min(SHARD_ROWS, _power_of_two(SHARD_BYTES / row)))
 
 
-def _spec(folder: Path, name: str) -> dict[str, Any]:
+def _spec(folder: Path | Url, name: str) -> dict[str, Any]:
     """What tensorstore needs to know of an array, whether it exists or not."""
     return {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{folder / name}/"},
+        "kvstore": kvstore(folder / name),
         # A file that is gone is an error, where Zarr's own rule would read zeros.
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
@@ -159,15 +166,34 @@ def _digest(columns: Mapping[str, np.ndarray], info: Sequence[int]) -> bytes:
     return digest.digest()
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def parts_of(place: str | Path | Url) -> list[Path | Url]:
+    """Returns the folders that one stands for: its parts, in order, where several workers wrote it; else itself.
+
+    A part that has no episode yet is left out.
+
+    Raises:
+        DatasetError: It cannot be read, or no part has an episode.
+    """
+    folder = locate(place)
+    with _store_errors():
+        if (folder / META).is_file() or not (folder / PARTS).is_file():
+            return [folder]
+        parts = [folder / name for name in read_json(folder / PARTS)["parts"]]
+        if not (written := [part for part in parts if (part / COMMIT).is_file()]):
+            raise DatasetError(f"{folder} is empty: no worker has committed an episode yet. Collect into it first.")
+    return written
+
+
+def _read_meta(path: Path | Url) -> dict[str, Any]:
     """Reads and checks `meta.json`."""
-    if not (path / META).is_file():
-        what = "does not exist" if not path.exists() else f"is not a dataset folder: it has no {META}"
-        raise DatasetError(f"{path} {what}; `rlrep collect` writes one, and `rlrep data import` reads other formats")
-    try:
+    with _store_errors():
+        if not (path / META).is_file():
+            missing = isinstance(path, Path) and not path.exists()
+            what = "does not exist" if missing else f"is not a dataset folder: it has no {META}"
+            raise DatasetError(
+                f"{path} {what}; `rlrep collect` writes one, and `rlrep data import` reads other formats"
+            )
         meta = read_json(path / META)
-    except RunError as error:
-        raise DatasetError(str(error)) from error
     version = meta["format_version"]
     if version > FORMAT_VERSION:
         raise DatasetError(
@@ -176,23 +202,32 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _read_commit(path: Path) -> tuple[int, int]:
+def _read_commit(path: Path | Url) -> tuple[int, int]:
     """Returns the committed (episodes, rows)."""
-    if not (path / COMMIT).is_file():
-        return 0, 0
-    try:
+    with _store_errors():
+        if not (path / COMMIT).is_file():
+            return 0, 0
         record = read_json(path / COMMIT)
-    except RunError as error:
-        raise DatasetError(str(error)) from error
     return record["episodes"], record["rows"]
 
 
 @contextlib.contextmanager
-def _reading(folder: Path, name: str) -> Iterator[None]:
+def _store_errors() -> Iterator[None]:
+    """Turns errors of files and object stores into ours."""
+    try:
+        yield
+    except (OSError, RunError) as error:
+        raise DatasetError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _reading(folder: Path | Url, name: str) -> Iterator[None]:
     """Turns tensorstore's errors into ours."""
     try:
         yield
     except (ValueError, OSError) as error:
+        if isinstance(folder, Url):
+            raise DatasetError(explain(error, f"column {name!r} of {folder}")) from error
         reason = str(error).split(" [")[0]
         raise DatasetError(
             f"{folder}: column {name!r} cannot be read, a file is damaged or missing: {reason}. "
@@ -685,7 +720,7 @@ def _parse_budget(budget: str | int) -> int:
 class _Folder:
     """One committed folder, opened for reading."""
 
-    def __init__(self, path: Path, context: ts.Context) -> None:
+    def __init__(self, path: Path | Url, context: ts.Context) -> None:
         self.path = path
         self.meta = _read_meta(path)
         self.episodes, self.rows = _read_commit(path)
@@ -701,7 +736,7 @@ class _Folder:
     def array(self, name: str, rows: int | None = None) -> ts.TensorStore:
         """Returns an array, checked to hold every committed row."""
         if name not in self._arrays:
-            if not (self.path / name / GROUP).is_file():
+            if isinstance(self.path, Path) and not (self.path / name / GROUP).is_file():
                 arrays = [file.parent for file in self.path.rglob(GROUP) if "data_type" in file.read_text()]
                 have = ", ".join(sorted(str(array.relative_to(self.path)) for array in arrays))
                 raise DatasetError(f"{self.path} has no column {name!r}; it has {have}")
@@ -724,12 +759,12 @@ class _Folder:
 class _Store:
     """The rows of several folders as one, in memory where they fit the budget; shared by all views of a dataset."""
 
-    def __init__(self, paths: Sequence[Path], budget: int) -> None:
+    def __init__(self, paths: Sequence[Path | Url], budget: int) -> None:
         # Chunks read from disk are kept for a while too, inside the budget.
         pool = min(budget // 4, 2**28)
         self._room = budget - pool
-        context = ts.Context({"cache_pool": {"total_bytes_limit": pool}})
-        self.folders = [_Folder(path, context) for path in paths]
+        caching = ts.Context({"cache_pool": {"total_bytes_limit": pool}}, parent=context())
+        self.folders = [_Folder(path, caching) for path in paths]
         first, *others = self.folders
         for other in others:
             if changed := _differing(first.meta, other.meta):
@@ -872,7 +907,8 @@ class Dataset:
     Views made by `split` and `select` share that memory.
 
     Args:
-        paths: Dataset folders, with the same spaces and environment spec.
+        paths: Dataset folders, with the same spaces and environment spec; or their URLs, such as `s3://bucket/data`,
+            see `rlrep.storage`. One that several workers wrote is read as their parts, in order.
         budget: Memory for rows: `"auto"` (half of what is available), `"2GB"`, or a number of bytes.
         frame_stack: Observations that are concatenated along the last axis, oldest first; the first one of an episode
             stands in for those before it. Every Box but a `mission` is stacked, as `rlrep_envs.FrameStack` does.
@@ -881,10 +917,10 @@ class Dataset:
         DatasetError: A folder is no dataset, is empty, damaged or of a newer format, or differs from the others.
     """
 
-    def __init__(self, *paths: str | Path, budget: str | int = "auto", frame_stack: int = 1) -> None:
+    def __init__(self, *paths: str | Path | Url, budget: str | int = "auto", frame_stack: int = 1) -> None:
         if not paths:
             raise ValueError("a Dataset needs at least one folder")
-        self.paths = [Path(path) for path in paths]
+        self.paths = [part for path in paths for part in parts_of(path)]
         self.budget = _parse_budget(budget)
         """Bytes of memory for rows."""
         self._store = _Store(self.paths, self.budget)
@@ -945,8 +981,7 @@ class Dataset:
     @property
     def columns(self) -> list[str]:
         """Names of the columns on disk, as `column` takes them."""
-        factors = [f"factor/{name}" for name in self.factor_names]
-        return [*_columns(self._raw_space, self.action_space), *FLAGS, *factors]
+        return _column_names(self._store.folders[0].meta)
 
     def __len__(self) -> int:
         return self.n_episodes
@@ -957,7 +992,8 @@ class Dataset:
 
     def describe(self) -> dict[str, Any]:
         """Returns what there is to know about the data, for printing."""
-        files = [file for path in self.paths for name in self.columns for file in (path / name).iterdir()]
+        folders = [path for path in self.paths if isinstance(path, Path)]
+        files = [file for path in folders for name in self.columns for file in (path / name).iterdir()]
         writers = [writer for folder in self._store.folders for writer in folder.meta["writers"]]
         memory, disk = sum(map(self._store.nbytes, self.columns)), sum(file.stat().st_size for file in files)
         return {
@@ -970,7 +1006,9 @@ class Dataset:
             "episode length": f"{self._length.min()} to {self._length.max()}, mean {self._length.mean():.1f}",
             "terminated": f"{self._store.terminated[self._episodes].mean():.1%} of episodes",
             "factors": ", ".join(self.factor_names) or "none",
-            "on disk": f"{disk / 1e6:.1f} MB in {len(files)} files, {memory / max(disk, 1):.0f}x compressed",
+            "on disk": f"{disk / 1e6:.1f} MB in {len(files)} files, {memory / max(disk, 1):.0f}x compressed"
+            if folders == self.paths
+            else "not here",
             "in memory": f"{memory / 1e6:.1f} MB",
             "collected by": "; ".join(dict.fromkeys(json.dumps(writer["collector"]) for writer in writers)),
             "created": writers[0]["provenance"]["created"],
@@ -1177,7 +1215,7 @@ def _interleave(frames: Any) -> Any:
 class Verification:
     """What re-reading a whole dataset found."""
 
-    path: Path
+    path: Path | Url
     episodes: int
     damaged: dict[int, str]
     """Episode -> what is wrong with it."""
@@ -1194,16 +1232,14 @@ class Verification:
         return "\n".join([f"{self.path}: {len(self.damaged)} of {self.episodes} episodes are damaged", *lines])
 
 
-def verify(path: str | Path) -> Verification:
+def verify(path: str | Path | Url) -> Verification:
     """Reads every row of a dataset folder and compares each episode with the digest it was written with.
 
     Raises:
         DatasetError: The folder is no dataset, or its episode table itself cannot be read.
     """
-    store = _Store([Path(path)], budget=2**28)
-    meta = store.folders[0].meta
-    names = [*_columns(from_json(meta["observation_space"]), from_json(meta["action_space"])), *FLAGS]
-    names += [f"factor/{name}" for name in meta["factors"]]
+    store = _Store(parts_of(path), budget=2**28)
+    names = _column_names(store.folders[0].meta)
     damaged = {}
     table = store.table
     for episode, (start, length) in enumerate(zip(table["start"], table["length"], strict=True)):
@@ -1215,4 +1251,4 @@ def verify(path: str | Path) -> Verification:
             continue
         if _digest(columns, [table[name][episode] for name in INFO]) != store.digests[episode].tobytes():
             damaged[episode] = "its content is not what its digest says"
-    return Verification(Path(path), len(table["start"]), damaged)
+    return Verification(locate(path), len(table["start"]), damaged)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import threading
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -23,7 +21,7 @@ from tqdm import tqdm
 from rlrep import runs, spaces
 from rlrep.augment import Augment
 from rlrep.encoders import Encoder, load_encoder, make_encoder
-from rlrep.fanout import JobFailure, map_jobs
+from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.registry import nearest
 from rlrep.sb3 import LatentVecEnv, get_algorithm, policy_kwargs
 from rlrep.types import RunError
@@ -97,6 +95,7 @@ def finetune(
     eval_episodes: int = 20,
     deterministic: bool = False,
     n_workers: int | None = None,
+    ray: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> Path:
@@ -119,6 +118,8 @@ def finetune(
         eval_episodes: Episodes of each evaluation, from the same starts each time.
         deterministic: Evaluate the likeliest action, not a drawn one.
         n_workers: Jobs side by side, one core each; all cores unless given.
+        ray: Where the jobs run: `local` or the address of a Ray cluster (`HOST:PORT`, `auto`), whose nodes have rlrep
+            installed; on this machine, without Ray, unless given. Scores are written here as they come.
         device: `auto` is a GPU if there is one.
         overwrite: Start again, throwing away what another run left in `out`.
 
@@ -128,6 +129,7 @@ def finetune(
     Raises:
         SpaceError: The encoder was made for other observations.
         RunError: `out` is taken by something else, or every job failed.
+        ClusterError: The Ray cluster cannot be reached.
         ValueError: Unknown arm or algorithm, a frozen arm without an encoder, or `augment` without pictures.
     """
     spec = EnvSpec.parse(env)
@@ -175,7 +177,6 @@ def finetune(
         jobs = [
             {
                 **record,
-                "out": str(run.path),
                 "device": device,
                 "arm": arm,
                 "seed": seed,
@@ -184,22 +185,34 @@ def finetune(
             for seed in seeds
             for arm in parsed
         ]
-        _run_all(run, jobs, n_workers or len(os.sched_getaffinity(0)))
+        _run_all(run, jobs, n_workers, ray)
     return run.path
 
 
-def _run_all(run: runs.RunFolder, jobs: list[dict[str, Any]], n_workers: int) -> None:
+def _run_all(run: runs.RunFolder, jobs: list[dict[str, Any]], n_workers: int | None, ray: str | None) -> None:
     """Runs the jobs that have not reached their last step, and marks the run finished if all have."""
     scores, failures = run.path / SCORES, run.path / FAILURES
     # A job that was cut short starts again, so what it had scored goes.
-    finished = {(row["arm"], row["seed"]) for row in runs.read_jsonl(scores) if row["last"]}
+    finished = {_key(row): row["steps"] for row in runs.read_jsonl(scores) if row["last"]}
     if scores.exists():
-        runs.trim_jsonl(scores, lambda row: (row["arm"], row["seed"]) in finished)
+        runs.trim_jsonl(scores, lambda row: _key(row) in finished)
     failures.unlink(missing_ok=True)
     missing = [job for job in jobs if (job["arm"].name, job["seed"]) not in finished]
+    reached: dict[tuple[str, int], int] = dict(finished)
     n_failed = 0
-    with _progress(scores, jobs):
-        for job, outcome in map_jobs(_run_job, missing, n_workers):
+    total = sum(job["steps"] for job in jobs)
+    with tqdm(total=total, desc=f"finetune ({len(jobs)} runs)", unit="step", unit_scale=True) as bar:
+
+        def receive(job: Mapping[str, Any], row: dict[str, Any]) -> None:
+            if row["steps"] <= reached.get(_key(row), 0):
+                # Its process died, and it started again.
+                runs.trim_jsonl(scores, lambda scored: _key(scored) != _key(row))
+            runs.append_jsonl(scores, row)
+            reached[_key(row)] = row["steps"]
+            bar.update(min(sum(reached.values()), total) - bar.n)
+
+        bar.update(min(sum(reached.values()), total))
+        for job, outcome in map_jobs(_run_job, missing, n_workers, ray=ray, receive=receive):
             if isinstance(outcome, JobFailure):
                 n_failed += 1
                 row = {
@@ -209,42 +222,24 @@ def _run_all(run: runs.RunFolder, jobs: list[dict[str, Any]], n_workers: int) ->
                     "traceback": outcome.traceback,
                 }
                 runs.append_jsonl(failures, row)
-                tqdm.write(f"arm {row['arm']}, seed {row['seed']} failed: {outcome.error}")
+                tqdm.write(f"arm {row['arm']}, seed {row['seed']} failed: {outcome.error}", file=sys.stderr)
     if n_failed == len(jobs):
         raise RunError(f"every job failed; the first: {runs.read_jsonl(failures)[0]['error']} (see {failures})")
     if not n_failed:
         run.finish(jobs=len(jobs))
 
 
-@contextmanager
-def _progress(scores: Path, jobs: list[dict[str, Any]]) -> Iterator[None]:
-    """Shows how many of all the steps are done, as the evaluations the jobs write say."""
-    total = sum(job["steps"] for job in jobs)
-    stop = threading.Event()
-    with tqdm(total=total, desc=f"finetune ({len(jobs)} runs)", unit="step", unit_scale=True) as bar:
-
-        def follow() -> None:
-            while not stop.wait(1.0):
-                reached: dict[tuple[str, int], int] = {}
-                for row in runs.read_jsonl(scores):
-                    reached[row["arm"], row["seed"]] = row["steps"]
-                bar.update(min(sum(reached.values()), total) - bar.n)
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+def _key(row: Mapping[str, Any]) -> tuple[str, int]:
+    """Which job a row of scores is of."""
+    return row["arm"], row["seed"]
 
 
-def _run_job(job: Mapping[str, Any]) -> None:
-    """Trains one arm with one seed, appending a row of scores at every evaluation. Runs in a process of its own."""
+def _run_job(job: Mapping[str, Any], send: Send) -> None:
+    """Trains one arm with one seed, sending a row of scores at every evaluation. Runs in a process of its own."""
     arm: Arm = job["arm"]
     first_seed = SEED_STRIDE * (2 * job["seed"] + 1)
     model, evaluation = _build(arm, job, first_seed)
-    callback = _Evaluate(job, evaluation, first_seed + SEED_STRIDE)
+    callback = _Evaluate(job, evaluation, first_seed + SEED_STRIDE, send)
     try:
         model.learn(job["steps"], callback=callback)
     finally:
@@ -280,9 +275,9 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
 class _Evaluate(BaseCallback):
     """Evaluates every `eval_every` steps on episodes of its own, from the same starts each time."""
 
-    def __init__(self, job: Mapping[str, Any], evaluation: VecEnv, seed: int) -> None:
+    def __init__(self, job: Mapping[str, Any], evaluation: VecEnv, seed: int, send: Send) -> None:
         super().__init__()
-        self.job, self.evaluation, self.seed = job, evaluation, seed
+        self.job, self.evaluation, self.seed, self.send = job, evaluation, seed, send
         self.next_at = job["eval_every"]
         self.evaluating, self.started = 0.0, time.perf_counter()
 
@@ -293,7 +288,7 @@ class _Evaluate(BaseCallback):
         return True
 
     def score(self, last: bool) -> None:
-        """Evaluates the policy as it is, and appends a row to the scores."""
+        """Evaluates the policy as it is, and sends a row of scores."""
         began = time.perf_counter()
         # Equal starts at every evaluation and in every arm: what differs is the policy.
         self.evaluation.seed(self.seed)
@@ -318,7 +313,7 @@ class _Evaluate(BaseCallback):
             "seconds": round(began - self.started - self.evaluating, 3),
             "last": last,
         }
-        runs.append_jsonl(Path(self.job["out"]) / SCORES, row)
+        self.send(row)
         self.evaluating += time.perf_counter() - began
 
 

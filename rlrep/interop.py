@@ -45,7 +45,7 @@ def merge(paths: Sequence[str | Path], out: str | Path, overwrite: bool = False)
         DatasetError: They differ in spaces, environment spec or factors; or `out` holds something.
     """
     source = Dataset(*paths, budget=BLOCK_BYTES)
-    if Path(out).resolve() in [path.resolve() for path in source.paths]:
+    if Path(out).resolve() in [path.resolve() for path in source.paths if isinstance(path, Path)]:
         raise DatasetError(f"{out} is one of the datasets to merge; choose another folder")
     return _write(
         out,

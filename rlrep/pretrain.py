@@ -66,7 +66,7 @@ def pretrain(
     of one process that has the whole batch. The first process writes; each gets the encoder.
 
     Args:
-        data: A dataset, its folder, or several folders.
+        data: A dataset, its folder or URL, or several.
         out: Run folder: the encoder in `encoder/`, `metrics.jsonl`, TensorBoard logs, a checkpoint while it runs.
         objectives: Objective specs, summed: `["ae", "inverse:weight=0.01"]`. Their losses differ in size: that of
             `ae` on pictures is some hundred times smaller than the others.

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
+from rlrep import runs
 from rlrep.collect import collect
+from rlrep.dataset import Dataset
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import Summary, report
+from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.finetune import finetune
 from rlrep.pretrain import pretrain
-from rlrep.settings import SettingsError, load_yaml, settings_of
+from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml, settings_of
+from rlrep.types import RunError
 
-RECIPE = "recipe.yaml"
+RECIPE, LOG = "recipe.yaml", "log.txt"
 
 # A stage's settings are the keywords of its function: stated there, once.
 if TYPE_CHECKING:
@@ -56,20 +70,24 @@ def load_recipe(path: str | Path) -> Recipe:
     return load_yaml(Recipe, path)
 
 
-def run(recipe: Recipe, out: str | Path, overwrite: bool = False) -> Summary:
+def run(
+    recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str | Path | Dataset | None = None
+) -> Summary:
     """Does what a recipe says, skipping stages that are done, and ends with the report.
 
     Args:
         recipe: What to do.
         out: Folder for `data/`, `pretrain/`, `finetune/` and the report.
         overwrite: Do every stage again.
+        data: A dataset to use, instead of collecting one.
 
     Returns:
         The report's summary.
     """
     out = Path(out)
-    print(f"[1/4] collect: {recipe.collect.steps:,} steps of {recipe.env} without reward -> {out / 'data'}")
-    data = collect(recipe.env, out=out / "data", overwrite=overwrite, **vars(recipe.collect))
+    if data is None:
+        print(f"[1/4] collect: {recipe.collect.steps:,} steps of {recipe.env} without reward -> {out / 'data'}")
+        data = collect(recipe.env, out=out / "data", overwrite=overwrite, **vars(recipe.collect))
     print(f"[2/4] pretrain: {', '.join(map(str, recipe.pretrain.objectives))} -> {out / 'pretrain'}")
     encoder = pretrain(data, out=out / "pretrain", overwrite=overwrite, **vars(recipe.pretrain))
     n_runs = len(recipe.finetune.arms) * len(recipe.finetune.seeds)
@@ -77,3 +95,88 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False) -> Summary:
     scores = finetune(recipe.env, encoder=encoder, out=out / "finetune", overwrite=overwrite, **vars(recipe.finetune))
     print(f"[4/4] report -> {out / 'report.md'}")
     return report(scores, out=out)
+
+
+def on_ray(recipe: Recipe, ray: str | None) -> Recipe:
+    """Returns the recipe with its jobs, and its collectors if they are several, on a Ray cluster."""
+    collectors = {"collect.ray": ray} if recipe.collect.n_workers > 1 else {}
+    return changed(recipe, {"finetune.ray": ray, **collectors})
+
+
+def sweep(
+    recipe: Recipe,
+    values: Mapping[str, Sequence[Any]],
+    out: str | Path,
+    *,
+    n_workers: int | None = None,
+    ray: str | None = None,
+    overwrite: bool = False,
+) -> Summary:
+    """Runs a recipe with every combination of other values for some settings, side by side, and reports on all of them.
+
+    Each combination has a folder in `out`, named by its values, with its recipe and what `run` writes; its messages are
+    in `log.txt` there. Unless settings of the environment or of collecting are among those that change, the data are
+    collected once, in `out/data`. The same call goes on with what is missing.
+
+    Args:
+        recipe: What they have in common.
+        values: The values of each setting: `{"pretrain.objectives": [["ae"], ["spr"]]}`.
+        out: Folder of them all, and of their report.
+        n_workers: Combinations side by side, one core each; all cores unless given, and what is over trains policies.
+        ray: Where they run: `local` or the address of a Ray cluster whose nodes have rlrep installed and share the file
+            system that `out` lies on; on this machine, without Ray, unless given.
+        overwrite: Do every stage again.
+
+    Returns:
+        The report's summary, of the combinations that succeeded.
+
+    Raises:
+        SettingsError: No such setting, or a value that it does not take.
+        RunError: Some combination failed; the report on the others is written.
+    """
+    out = Path(out).resolve()
+    points = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+    named = {_name(point): changed(recipe, point) for point in points}
+    if len(named) < len(points) or not points or not values:
+        raise SettingsError(f"a sweep needs settings with different values, one at least: {dict(values)}")
+    data = None
+    if not any(key == "env" or key.startswith("collect.") for key in values):
+        data = out / "data"
+        print(f"collect: {recipe.collect.steps:,} steps of {recipe.env} without reward -> {data}")
+        collect(recipe.env, out=data, overwrite=overwrite, **vars(on_ray(recipe, ray).collect))
+    cores = n_workers or len(os.sched_getaffinity(0))
+    inner = {"finetune.ray": ray, "finetune.n_workers": None if ray else max(1, cores // len(named))}
+    for name, each in named.items():
+        runs.write_atomically(out / name / RECIPE, functools.partial(Path.write_text, data=dump_yaml(each)))
+    jobs = [{"out": out / name, "inner": inner, "data": data, "overwrite": overwrite} for name in named]
+    done, failures = [], []
+    with tqdm(total=len(jobs), desc="sweep", unit="recipe") as bar:
+        for job, outcome in map_jobs(_run_job, jobs, n_workers, ray=ray):
+            bar.update()
+            if isinstance(outcome, JobFailure):
+                failures.append(f"{job['out'].name}: {outcome.error}")
+                tqdm.write(f"{failures[-1]} (see {job['out'] / LOG})", file=sys.stderr)
+            else:
+                done.append(job["out"] / "finetune")
+    if not done:
+        raise RunError(f"every recipe of the sweep failed; the first: {failures[0]}")
+    summary = report(sorted(done), out=out)
+    if failures:
+        raise RunError(f"{len(failures)} of {len(named)} recipes failed: {'; '.join(failures)}")
+    return summary
+
+
+def _name(point: Mapping[str, Any]) -> str:
+    """Returns the folder of one combination: `pretrain.objectives=ae`."""
+    text = ",".join(f"{key}={json.dumps(value)}" for key, value in point.items())
+    return re.sub(r"-*([,=])-*", r"\1", re.sub(r"[^\w.,=:+]+", "-", text)).strip("-")
+
+
+def _run_job(job: Mapping[str, Any], send: Send) -> None:
+    """Runs one recipe of a sweep in a process of its own; what it says goes to a file, since others speak too."""
+    with (
+        (job["out"] / LOG).open("a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        run(changed(load_recipe(job["out"]), job["inner"]), job["out"], overwrite=job["overwrite"], data=job["data"])

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlrep.storage import Url, check_local
 from rlrep.types import RunError
 
 FORMAT_VERSION = 1
@@ -66,7 +67,7 @@ def write_json(path: Path, data: Any) -> None:
     write_atomically(path, lambda target: target.write_text(text))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path | Url) -> Any:
     """Reads JSON.
 
     Raises:
@@ -149,10 +150,13 @@ def differences(asked: Mapping[str, Any], found: Mapping[str, Any], prefix: str 
 
 def _make(folder: Path) -> None:
     try:
+        check_local(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         file = next(path for path in (folder, *folder.parents) if path.exists())
         raise RunError(f"{file} is a file; a folder is needed") from error
+    except OSError as error:
+        raise RunError(str(error)) from error
 
 
 @contextlib.contextmanager

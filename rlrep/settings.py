@@ -100,6 +100,32 @@ def dump_yaml(instance: Any) -> str:
     return yaml.dump(_plain(instance), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def read_value(text: str) -> Any:
+    """Returns a plain value from YAML, read as in a settings file.
+
+    Raises:
+        SettingsError: It is not YAML.
+    """
+    return _Reader(None).parse(text, Any)
+
+
+def changed(instance: T, values: Mapping[str, Any]) -> T:
+    """Returns a dataclass with other values under dotted keys, such as `"pretrain.updates"`, checked as in a file.
+
+    Raises:
+        SettingsError: There is no such key, or a value has another type than it takes.
+    """
+    plain = _plain(instance)
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        section = plain
+        for each in sections:
+            section = section.setdefault(each, {})
+        section[name] = _plain(value)
+    text = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return _Reader(None).parse(text, type(instance))
+
+
 def settings_of(function: Callable[..., Any], omit: Collection[str] = (), name: str | None = None) -> type[Any]:
     """Makes a frozen dataclass of a function's parameters, so that `function(**vars(settings))` calls it.
 

@@ -37,6 +37,10 @@ class RunError(RlrepError):
     """A run folder cannot be used: taken, locked, or made with other settings."""
 
 
+class ClusterError(RlrepError):
+    """A Ray cluster cannot be reached or used."""
+
+
 class CollapseWarning(UserWarning):
     """The features being learnt carry almost no information."""
 

@@ -21,7 +21,7 @@ from rlrep.objectives import objectives
 from rlrep.registry import Registry
 
 TIERS = [
-    ["types", "runs", "distributed"],
+    ["types", "runs", "storage", "distributed"],
     ["spaces", "registry"],
     ["nets", "losses", "augment", "dataset", "settings", "fanout", "interop"],
     ["encoders"],

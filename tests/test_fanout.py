@@ -13,7 +13,7 @@ import pytest
 from rlrep.fanout import JobFailure, map_jobs
 
 
-def work(job):
+def work(job, send):
     """One job of every kind that can happen."""
     match job["kind"]:
         case "square":
@@ -85,7 +85,7 @@ SCRIPT = """
     from rlrep.fanout import map_jobs
 
 
-    def job(job):
+    def job(job, send):
         print("started", flush=True)
         if job["quick"]:
             return

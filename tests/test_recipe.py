@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rlrep.recipe import Recipe, load_recipe, run
+from rlrep import cli
+from rlrep.encoders import load_encoder
+from rlrep.recipe import Recipe, _name, load_recipe, on_ray, run
 from rlrep.settings import SettingsError, dump_yaml, load_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -85,3 +87,38 @@ def test_mistakes_name_file_line_and_nearest_key(folder: Path, old: str, new: st
 def test_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no recipe"):
         load_recipe(tmp_path)
+
+
+SWEEP = "pretrain.objectives=[ae],[inverse]"
+
+
+def test_a_sweep_runs_every_value_on_the_same_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", str(folder), "--sweep", SWEEP, "--finetune.seeds", "0", "--finetune.arms", "frozen"]
+    assert cli.main(words) == 0
+    out = folder / "sweep"
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == [
+        "data",
+        "pretrain.objectives=ae",
+        "pretrain.objectives=inverse",
+    ]
+    for name in ("ae", "inverse"):
+        part = out / f"pretrain.objectives={name}"
+        assert load_encoder(part / "pretrain").provenance["objectives"] == [name]
+        assert "[2/4] pretrain" in (part / "log.txt").read_text()
+        assert name in (out / "report.md").read_text()
+    assert "[2/4]" not in capsys.readouterr().out
+
+
+def test_swept_settings_are_checked_before_anything_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for swept, message in {
+        "pretrain.updatez=1,2": "Did you mean 'updates'",
+        "pretrain.updates=1,many": "updates",
+        "pretrain.updates=1,1": "different values",
+        "pretrain.updates": "SETTING=VALUE,VALUE",
+    }.items():
+        assert cli.main(["run", str(folder), "--sweep", swept]) == 1
+        assert message in capsys.readouterr().err
+    assert not (folder / "sweep").exists()
+    point = {"finetune.algorithm": "ppo", "pretrain.objectives": [["ae"], ["spr"]][1]}
+    assert _name(point) == "finetune.algorithm=ppo,pretrain.objectives=spr"
+    assert on_ray(load_recipe(folder), "auto").finetune.ray == "auto"

@@ -37,8 +37,6 @@ def make_pool(spec: EnvSpec, n_envs: int, factors: bool) -> EnvPoolVecEnv:
         raise ValueError(f"envpool has no environment called {spec.id!r}.{hint} Others need backend=python")
     if spec.distraction is not None:
         raise ValueError(f"distraction={spec.distraction} is not there with backend=envpool; use backend=python")
-    if spec.obs == "rgb_full":
-        raise ValueError("obs=rgb_full is not there with backend=envpool; use obs=rgb, or backend=python")
     if spec.is_minigrid:
         from rlrep_envs.envpool_minigrid import MiniGridPool
 

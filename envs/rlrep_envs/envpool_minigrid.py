@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from minigrid.core.constants import COLOR_TO_IDX, DIR_TO_VEC, OBJECT_TO_IDX, STATE_TO_IDX
+from minigrid.core.constants import COLOR_TO_IDX, DIR_TO_VEC, IDX_TO_COLOR, IDX_TO_OBJECT, OBJECT_TO_IDX, STATE_TO_IDX
+from minigrid.core.grid import Grid
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
 from rlrep_envs import missions
 from rlrep_envs.envpool import EnvPoolVecEnv, registry
 from rlrep_envs.make import make_env
-from rlrep_envs.minigrid import number_rooms, render_symbols
+from rlrep_envs.minigrid import ROW, TILE, number_rooms, render_symbols, world_object
 from rlrep_envs.spec import THREADS, EnvSpec, nearest
 
 _KEYWORDS = {
@@ -54,6 +56,28 @@ _IS_SOLID = _IS_DOOR | (OBJECT_TO_IDX["wall"] == _OBJECT)
 _IS_OPEN, _IS_LOCKED = ((_IS_DOOR & (STATE_TO_IDX[state] == _STATE)).astype(np.int64) for state in ("open", "locked"))
 
 
+_DRAWN = np.zeros(len(_SYMBOLS) * 2 * 5, bool)
+_TILES = np.zeros(len(_DRAWN) * TILE, ROW)
+"""Rows of pixels of every symbol, dark and lit, without an agent and with one in each direction, once it was met."""
+
+
+def _draw_tile(tile: int) -> None:
+    symbol, lit, agent = tile // 10, tile // 5 % 2, tile % 5
+    thing = world_object(IDX_TO_OBJECT[int(_OBJECT[symbol])], IDX_TO_COLOR[int(_COLOR[symbol])], int(_STATE[symbol]))
+    picture = Grid.render_tile(thing, agent - 1 if agent else None, highlight=bool(lit), tile_size=TILE)
+    _TILES[tile * TILE : (tile + 1) * TILE] = picture.astype(np.uint8).reshape(TILE, -1).view(ROW)[:, 0]
+    _DRAWN[tile] = True
+
+
+@functools.cache
+def _view(v: int) -> np.ndarray:
+    """Returns where the view's cells lie, seen from the agent: (4, v, v, 2), direction, column, row, (x, y)."""
+    column, row = np.meshgrid(np.arange(v), np.arange(v), indexing="ij")
+    forward = np.array(DIR_TO_VEC)[:, None, None]
+    right = np.stack([-forward[..., 1], forward[..., 0]], axis=-1)
+    return forward * (v - 1 - row)[..., None] + right * (column - v // 2)[..., None]
+
+
 class MiniGridPool(EnvPoolVecEnv):
     """N environments of MiniGrid or BabyAI, which observe and know what `make_env`'s do.
 
@@ -70,9 +94,9 @@ class MiniGridPool(EnvPoolVecEnv):
 
     def __init__(self, spec: EnvSpec, n_envs: int = 1, factors: bool = True) -> None:
         super().__init__(spec, n_envs)
-        self._boards = Boards(n_envs) if factors else None
+        self._boards = Boards(n_envs) if factors or spec.obs == "rgb_full" else None
         self._tokens = np.zeros((n_envs, missions.LENGTH), np.uint8)
-        if self._boards is not None:
+        if self._boards is not None and factors:
             self.factors = self._boards.factors
 
     def _configure(self, spec: EnvSpec) -> dict[str, Any]:
@@ -85,6 +109,8 @@ class MiniGridPool(EnvPoolVecEnv):
                     f"envpool's {spec.id} has no keyword {key!r}.{hint} Its keywords: {', '.join(valid)}. "
                     "MiniGrid's others need backend=python"
                 )
+        if spec.obs == "rgb_full" and task == "dynamic_obstacles":
+            raise ValueError(f"obs=rgb_full of {spec.id} needs backend=python, because its obstacles move unseen")
         reference = make_env(spec.task, factors=False)
         if spec.kwargs:
             # What is impossible is an error there, but would end the process in C++.
@@ -102,6 +128,9 @@ class MiniGridPool(EnvPoolVecEnv):
         image = state[self._at["obs:image"]]
         if self.spec.obs == "rgb":
             image = render_symbols(image)
+        elif self.spec.obs == "rgb_full":
+            assert self._boards is not None
+            image = self._boards.draw(state[self._at["info:env_id"]], *self._seen(state))
         if not isinstance(self.observation_space, spaces.Dict):
             return image
         parts = {"image": image}
@@ -161,7 +190,7 @@ class Boards:
         self.factors = dict(zip((*names, "key_x", "key_y", "room"), self._found, strict=True))
         self._key, self._hidden = [self._NONE] * n, [False] * n
         """The cell of each board's key, or of the box that it is hidden in."""
-        self._cells = self._rooms = np.zeros(0)
+        self._cells, self._rooms = np.zeros(0, np.uint8), np.zeros(0, np.int16)
 
     def _lay_out(self, width: int, height: int) -> None:
         """Makes room for boards of a size, and a cell more on every side, because an agent may face the edge."""
@@ -203,6 +232,22 @@ class Boards:
         changed = np.flatnonzero(self._cells.take(ahead) != front)
         if len(changed):
             self._change(changed, ahead[changed], front[changed])
+
+    def draw(self, ids: np.ndarray, image: np.ndarray, position: np.ndarray, direction: np.ndarray) -> np.ndarray:
+        """Draws boards exactly as minigrid's `RGBImgObsWrapper(tile_size=8)` does, (n, 8 height, 8 width, 3) uint8."""
+        n, v = image.shape[:2]
+        _, width, height = self._cells[:, 1:-1, 1:-1].shape
+        # What is seen is lit; the view may reach beyond the board.
+        lit = np.zeros((n, width + 2 * v, height + 2 * v), bool)
+        x, y = np.moveaxis(position[:, None, None] + _view(v)[direction] + v, -1, 0)
+        seen = image[..., 0] != OBJECT_TO_IDX["unseen"]
+        lit[np.nonzero(seen)[0], x[seen], y[seen]] = True
+        tiles = (self._cells[ids, 1:-1, 1:-1] * np.intp(2) + lit[:, v:-v, v:-v]) * 5
+        tiles[np.arange(n), *position.T] += direction + 1
+        for tile in np.unique(tiles[~_DRAWN[tiles]]).tolist():
+            _draw_tile(tile)
+        rows = tiles.transpose(0, 2, 1)[:, :, None] * TILE + np.arange(TILE)[:, None]
+        return _TILES.take(rows).view(np.uint8).reshape(n, height * TILE, width * TILE, 3)
 
     def _look(
         self, ids: Any, image: np.ndarray, position: np.ndarray, direction: np.ndarray

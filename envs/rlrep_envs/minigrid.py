@@ -29,11 +29,11 @@ TILE = 8
 
 _SHAPE = (len(OBJECT_TO_IDX), len(COLOR_TO_IDX), len(STATE_TO_IDX), 2)
 _PLACES = np.array([_SHAPE[1] * _SHAPE[2] * _SHAPE[3], _SHAPE[2] * _SHAPE[3], _SHAPE[3]]) * TILE
-_ROW = np.dtype((np.void, TILE * 3))
+ROW = np.dtype((np.void, TILE * 3))
 """A row of a tile's pixels, which numpy copies in one piece."""
 
 
-def _object(kind: str, color: str, state: int) -> WorldObj | None:
+def world_object(kind: str, color: str, state: int) -> WorldObj | None:
     """Returns the object that a symbol stands for, or None for a cell without one."""
     match kind:
         case "door":
@@ -53,12 +53,12 @@ def _atlas() -> np.ndarray:
     for kind, i in OBJECT_TO_IDX.items():
         for j, color in IDX_TO_COLOR.items():
             for state in STATE_TO_IDX.values():
-                thing = _object(kind, color, state)
+                thing = world_object(kind, color, state)
                 held = thing if thing is not None and thing.can_pickup() else None
                 # What is not seen is not lit; the agent faces up (3), and its own cell shows only what it can carry.
                 tiles[i, j, state, 0] = Grid.render_tile(thing, highlight=kind != "unseen", tile_size=TILE)
                 tiles[i, j, state, 1] = Grid.render_tile(held, agent_dir=3, highlight=True, tile_size=TILE)
-    return tiles.reshape(-1, TILE * 3).view(_ROW)[:, 0]
+    return tiles.reshape(-1, TILE * 3).view(ROW)[:, 0]
 
 
 def render_symbols(symbols: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rlrep import nets, runs, spaces
 from rlrep.registry import Registry, SpecError
+from rlrep.storage import Url, locate
 from rlrep.types import RunError, SpaceError, Tree, tree_map
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -222,8 +223,8 @@ def from_config(config: Mapping[str, Any], weights: bytes | None = None) -> Enco
     return encoder
 
 
-def load_encoder(encoder: str | Path | Encoder) -> Encoder:
-    """Returns an encoder from its folder (or a Hugging Face repository), or as it is.
+def load_encoder(encoder: str | Path | Url | Encoder) -> Encoder:
+    """Returns an encoder from its folder, a URL such as `s3://bucket/encoder`, a Hugging Face repository, or as it is.
 
     A run folder of `rlrep pretrain` is accepted as well as the encoder folder in it.
 
@@ -232,7 +233,9 @@ def load_encoder(encoder: str | Path | Encoder) -> Encoder:
     """
     if isinstance(encoder, Encoder):
         return encoder
-    path = Path(encoder)
+    path = locate(encoder)
+    if isinstance(path, Url):
+        return _download(path)
     for folder in (path, path / "encoder"):
         if (folder / CONFIG).exists():
             # The hub mixin reads it too, but says of a damaged file only what the JSON parser says.
@@ -246,3 +249,14 @@ def load_encoder(encoder: str | Path | Encoder) -> Encoder:
     except Exception as error:
         # Anything from a malformed name to no network: for the user it is one thing, a name that leads nowhere.
         raise RunError(f"there is no encoder at {str(encoder)!r}: no such folder, and no such repository") from error
+
+
+def _download(url: Url) -> Encoder:
+    """Reads an encoder, or that of a run, from an object store."""
+    try:
+        folder = next((each for each in (url, url / "encoder") if (each / CONFIG).is_file()), None)
+        if folder is None:
+            raise RunError(f"there is no encoder at {url}: it has no {CONFIG}")
+        return from_config(runs.read_json(folder / CONFIG), (folder / WEIGHTS).read_bytes()).eval()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"the encoder at {url} cannot be loaded: {error}") from error

@@ -28,9 +28,14 @@ class Distinct:
         if sum(map(len, self._new)) > len(self._known):
             self._merge()
 
-    def __len__(self) -> int:
+    @property
+    def values(self) -> np.ndarray:
+        """(n,) uint64, sorted: those that were added, once each."""
         self._merge()
-        return len(self._known)
+        return self._known
+
+    def __len__(self) -> int:
+        return len(self.values)
 
     def _merge(self) -> None:
         self._known = np.unique(np.concatenate([self._known, *self._new]))
@@ -63,6 +68,18 @@ class Coverage:
                 self._n_pending += len(episode) + 1
             if self._n_pending >= CHUNK:
                 self._merge()
+
+    def include(self, other: Coverage) -> None:
+        """Takes into account what another one has."""
+        self._merge()
+        other._merge()
+        self.steps += other.steps
+        self.episodes += other.episodes
+        self.goals += other.goals
+        self._observations.add(other._observations.values)
+        self._states.add(other._states.values)
+        for name, values in other._factors.items():
+            self._factors.setdefault(name, Distinct()).add(values.values)
 
     def figures(self) -> dict[str, Any]:
         """Returns plain JSON values: `steps`, `episodes`, `mean_length`, `goal_fraction`, `observations` and, where

@@ -1,4 +1,4 @@
-"""Measures pre-training by two processes that share each batch, against one process: `python runs/speed/ddp.py`."""
+"""How fast two processes pre-train that share each batch, against one."""
 
 from __future__ import annotations
 
@@ -10,49 +10,51 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from measure import compare, make_data
+from ratios import Row, compare
+from sampling import make_data
 
 import rlrep
 
-SETTINGS = {"objectives": ["ae", "inverse"], "updates": 40, "log_every": 40, "batch_size": 256}
+UPDATES = 40
 
 
-def serve(rank: int, orders: list[Connection], folder: str) -> None:
+def train(folder: Path, name: str, updates: int) -> None:
+    """Pre-trains from the start."""
+    settings = {"objectives": ["ae", "inverse"], "batch_size": 256, "updates": updates, "log_every": updates}
+    rlrep.pretrain(folder / "data", out=folder / name, overwrite=True, **settings)
+
+
+def serve(rank: int, orders: list[Connection], folder: Path) -> None:
     """Is one of two processes, and pre-trains whenever it is told to."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
-    while orders[rank].recv():
-        train(Path(folder), "two")
+    while updates := orders[rank].recv():
+        train(folder, "two", updates)
         orders[rank].send(True)
 
 
-def train(folder: Path, name: str) -> None:
-    """Pre-trains from the start."""
-    rlrep.pretrain(folder / "data", out=folder / name, overwrite=True, **SETTINGS)
-
-
-def two_processes(folder: Path) -> tuple[float, float, float]:
+def two_processes(folder: Path, updates: int = UPDATES) -> Row:
     """Pre-training on pictures by two processes of one thread each, against one, at the same batch over all."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     ours, theirs = zip(*(mp.Pipe() for _ in range(2)), strict=True)
-    workers = mp.spawn(serve, (theirs, str(folder)), nprocs=2, join=False)
+    workers = mp.spawn(serve, (theirs, folder), nprocs=2, join=False)
 
     def both() -> None:
         for order in ours:
-            order.send(True)
+            order.send(updates)
         for order in ours:
             order.recv()
 
-    result = compare(both, lambda: train(folder, "one"))
+    what = "pre-training by two processes, against one at the same batch"
+    row = compare(what, "at least 1.6", both, lambda: train(folder, "one", updates))
     for order in ours:
-        order.send(False)
+        order.send(0)
     workers.join()
-    return result
+    return row
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         make_data(Path(temporary))
-        ratio, two, one = two_processes(Path(temporary))
-        print(f"one process {one:.2f} s, two {two:.2f} s: {ratio:.2f} times as fast")
+        print(two_processes(Path(temporary)))

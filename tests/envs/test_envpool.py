@@ -167,7 +167,7 @@ def test_what_was_returned_stays_as_it_was() -> None:
         ),
         ("ALE/Pong-v5", "Did you mean 'Pong-v5'"),
         ("rlrep/TinyGrid-v0", "Others need backend=python"),
-        ("MiniGrid-DoorKey-6x6-v0:obs=rgb_full", "rgb_full is not there with backend=envpool"),
+        ("MiniGrid-Dynamic-Obstacles-6x6-v0:obs=rgb_full", "rgb_full of .* needs backend=python"),
         ("MiniGrid-DoorKey-6x6-v0:distraction=noisy_tv", "distraction=noisy_tv is not there"),
         ("CartPole-v1:obs=grid", "use obs=native"),
         ("CartPole-v1:mission=true", "has no mission"),
@@ -244,11 +244,11 @@ def test_procgen_is_pictures_or_the_error_says_what_is_missing() -> None:
 def test_stable_baselines_learns_and_evaluates(policy: str) -> None:
     spec = f"MiniGrid-Empty-5x5-v0:obs={policy},backend=envpool,frame_stack=2"
     venv = make_vec_env(spec, 8)
-    model = PPO("CnnPolicy" if policy == "rgb" else "MlpPolicy", venv, n_steps=32, batch_size=64, n_epochs=1)
+    model = PPO("CnnPolicy" if policy == "rgb" else "MlpPolicy", venv, n_steps=32, n_epochs=1, seed=0)
     model.learn(256)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         returns, lengths = evaluate_policy(model, make_vec_env(spec, 4), 8, False, return_episode_rewards=True)
     assert len(returns) == len(lengths) == 8
     for value, length in zip(returns, lengths, strict=True):
-        assert value == pytest.approx(1 - 0.9 * length / 100 if length < 100 else 0, abs=1e-5)
+        assert value == pytest.approx(1 - 0.9 * length / 100, abs=1e-5) or (value, length) == (0, 100)

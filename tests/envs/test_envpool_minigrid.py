@@ -273,6 +273,9 @@ def happened(before: dict[str, int], now: dict[str, int]) -> list[str]:
         ("BabyAI-PutNextS5N2Carrying-v0:max_steps=30", {"cut"}),
         ("BabyAI-KeyInBox-v0:max_steps=30", {"unpacked key"}),
         ("BabyAI-SynthSeq-v0:max_steps=30,obs=rgb", {"cut"}),
+        ("MiniGrid-Unlock-v0:max_steps=20,obs=rgb_full", {"cut"}),
+        ("MiniGrid-Empty-Random-5x5-v0:agent_view_size=3,obs=rgb_full", {"won"}),
+        ("BabyAI-KeyInBox-v0:max_steps=20,obs=rgb_full", {"cut"}),
     ],
 )
 def test_both_backends_are_the_same(spec: str, events: set[str]) -> None:
