@@ -20,12 +20,13 @@ from rlrep.dataset import Dataset, verify
 from rlrep.encoders import encoders
 from rlrep.encoders.base import AUTO
 from rlrep.evaluate import exploration
+from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import report
 from rlrep.explore import explorers
 from rlrep.finetune import finetune
 from rlrep.objectives import objectives
 from rlrep.pretrain import pretrain
-from rlrep.recipe import Collect, Finetune, Pretrain, Recipe, load_recipe, on_ray, run, sweep
+from rlrep.recipe import Collect, Finetune, Pretrain, Probe, Recipe, load_recipe, on_ray, run, sweep
 from rlrep.sb3 import PAPERS, algorithms
 from rlrep.settings import read_value
 from rlrep.types import RlrepError
@@ -87,6 +88,37 @@ class FinetuneCommand:
         """Fine-tunes and reports."""
         scores = finetune(self.env, encoder=self.encoder, out=self.out, overwrite=self.overwrite, **vars(self.settings))
         report(scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeCommand:
+    """Say what can be read off an encoder's features: ground-truth factors, the next action, and how many directions.
+
+    Linear probes and nearest neighbours, fitted on some episodes and scored on others, beside raw observations and an
+    untrained encoder. With --require it is a gate: the exit status is 1 unless every requirement is met.
+    """
+
+    encoder: Positional[Path]
+    """Folder of an encoder, or of the run that trained it."""
+    data: Positional[tuple[Path, ...]]
+    """Dataset folders with factors; several are read as one."""
+    settings: Annotated[Probe, Flat]
+    require: tuple[str, ...] = ()
+    """Such as 'agent_x>0.8' (the linear probe), 'agent_x.knn>random', 'effective_rank>20'."""
+    out: Path | None = None
+    """A .json file for the numbers."""
+
+    def __call__(self) -> int:
+        """Probes, and prints what is wanting."""
+        found = probe(self.encoder, self.data, **vars(self.settings))
+        for table in found.tables():
+            _console().print(table)
+        if self.out is not None:
+            runs.write_json(self.out, found.to_json())
+        wanting = found.unmet(self.require)
+        for line in wanting:
+            print(line, file=sys.stderr)
+        return 1 if wanting else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +194,7 @@ class ListCommand:
         tables["encoders"].insert(0, ("auto", f"By the kind of observation: {auto}.", "", ""))
         known = sorted(algorithms().items())
         tables["algorithms"] = [(name, _first_line(cls), "", PAPERS[name]) for name, cls in known]
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = _console()
         for title, rows in tables.items():
             if self.kind not in ("all", title):
                 continue
@@ -170,6 +202,10 @@ class ListCommand:
             for row in rows:
                 table.add_row(*row)
             console.print(table)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def _first_line(cls: type) -> str:
@@ -300,6 +336,7 @@ def _commands(args: Sequence[str]) -> Any:
         Annotated[CollectCommand, subcommand("collect")],
         Annotated[PretrainCommand, subcommand("pretrain")],
         Annotated[FinetuneCommand, subcommand("finetune")],
+        Annotated[ProbeCommand, subcommand("probe")],
         Annotated[ReportCommand, subcommand("report")],
         run_command,
         Annotated[ListCommand, subcommand("list")],

@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
 from rlrep import runs, spaces
+from rlrep.augment import Augment
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.registry import nearest
@@ -27,9 +28,12 @@ from rlrep.types import RunError
 
 SCORES, FAILURES = "scores.jsonl", "failures.jsonl"
 
-Kind = Literal["scratch", "random-frozen", "frozen", "finetune"]
+Kind = Literal["scratch", "random-frozen", "frozen", "finetune", "augment"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+DEFAULT_ARMS = ("scratch", "random-frozen", "frozen", "finetune")
+"""Those that any observation has; `augment` is for pictures."""
 
 SEED_STRIDE = 10_000
 """Apart from one another: the environment seeds of two runs, and of training and evaluation."""
@@ -41,12 +45,14 @@ class Arm:
 
     `scratch` trains encoder and policy together from nothing; `random-frozen` trains a policy on the features of an
     untrained encoder; `frozen` on those of the pre-trained one, computed once a step; `finetune` trains the pre-trained
-    encoder along, at `lr_scale` times the policy's rate.
+    encoder along, at `lr_scale` times the policy's rate; `augment` is `scratch` on pictures that are shifted at random
+    by up to `shift` pixels in every update: what pre-training has to beat, and often does not (arXiv:2205.07886).
     """
 
     name: str
     kind: Kind
     lr_scale: float = 0.1
+    shift: int = 4
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Constructor arguments of the algorithm, over those all arms share."""
 
@@ -78,7 +84,7 @@ def finetune(
     *,
     out: str | Path,
     encoder: str | Path | Encoder | None = None,
-    arms: Sequence[str | Mapping[str, Any]] = KINDS,
+    arms: Sequence[str | Mapping[str, Any]] = DEFAULT_ARMS,
     seeds: Sequence[int] = (0, 1, 2),
     steps: int = 100_000,
     algorithm: str = "ppo",
@@ -124,7 +130,7 @@ def finetune(
         SpaceError: The encoder was made for other observations.
         RunError: `out` is taken by something else, or every job failed.
         ClusterError: The Ray cluster cannot be reached.
-        ValueError: Unknown arm or algorithm, or a frozen arm without an encoder.
+        ValueError: Unknown arm or algorithm, a frozen arm without an encoder, or `augment` without pictures.
     """
     spec = EnvSpec.parse(env)
     parsed = [Arm.parse(arm) for arm in arms]
@@ -137,6 +143,12 @@ def finetune(
     if needy := [arm.name for arm in parsed if arm.pretrained and pretrained is None]:
         raise ValueError(f"arm {needy[0]!r} needs a pre-trained encoder; pass one, or leave the arm out")
     space = _observation_space(spec)
+    for arm in parsed:
+        if arm.kind == "augment" and not Augment(space, arm.shift).active:
+            raise ValueError(
+                f"arm {arm.name!r} shifts pictures by {arm.shift} pixels, which changes nothing here: leave it out, or "
+                f"observe pictures ({spec} gives {space})"
+            )
     if pretrained is not None:
         spaces.check_same(space, pretrained.observation_space, "this encoder was made for observations")
     record = {
@@ -252,7 +264,8 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
         policy = "MlpPolicy"
     else:
         mode: Literal["finetune", "scratch"] = "finetune" if arm.pretrained else "scratch"
-        extra = policy_kwargs(encoder, job["algorithm"], mode=mode, lr_scale=arm.lr_scale, **extra)
+        shift = arm.shift if arm.kind == "augment" else 0
+        extra = policy_kwargs(encoder, job["algorithm"], mode=mode, lr_scale=arm.lr_scale, shift=shift, **extra)
         policy = "MultiInputPolicy" if spaces.kind(env.observation_space) == "dict" else "MlpPolicy"
     algorithm = get_algorithm(job["algorithm"])
     model = algorithm(policy, env, seed=job["seed"], policy_kwargs=extra, device=job["device"], **settings)

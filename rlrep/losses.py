@@ -25,12 +25,13 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return kept.sum() * distributed.shares() / distributed.total(mask.sum()).clamp(min=1)
 
 
-def info_nce(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def info_nce(logits: Tensor, mask: Tensor, negatives: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Contrastive cross-entropy with the positives on the diagonal (CPC, arXiv:1807.03748).
 
     Args:
         logits: (N, N) score of anchor i with candidate j.
         mask: (N,) bool; a masked row is neither an anchor nor a negative.
+        negatives: (N, N) bool, which candidates anchor i is to be told from; all that are not masked unless given.
 
     Returns:
         The loss, 0-d, and the fraction of anchors whose positive scores highest, 0-d.
@@ -38,7 +39,10 @@ def info_nce(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     n = len(mask)
     if logits.shape != (n, n):
         raise ValueError(f"logits have shape {tuple(logits.shape)}; {n} pairs need ({n}, {n})")
-    logits = logits.masked_fill(~mask[None, :], -1e9).masked_fill(~mask[:, None], 0.0)
+    left_out = ~mask[None, :]
+    if negatives is not None:
+        left_out = left_out | ~(negatives | torch.eye(n, dtype=torch.bool, device=logits.device))
+    logits = logits.masked_fill(left_out, -1e9).masked_fill(~mask[:, None], 0.0)
     target = torch.arange(n, device=logits.device)
     loss = masked_mean(F.cross_entropy(logits, target, reduction="none"), mask)
     return loss, masked_mean((logits.argmax(dim=1) == target).float(), mask)
@@ -50,6 +54,71 @@ def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
     # In bfloat16 a cosine near 1, where training ends, has lost all its digits.
     return 2 - 2 * F.cosine_similarity(prediction.float(), target.float(), dim=-1)
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """(..., D) -> (...) nats from a diagonal Gaussian to the standard one (VAE, arXiv:1312.6114)."""
+    if mean.shape != log_variance.shape:
+        raise ValueError(f"mean {tuple(mean.shape)} and log_variance {tuple(log_variance.shape)} differ in shape")
+    mean, log_variance = mean.float(), log_variance.float()
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=-1)
+
+
+def variance_covariance(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The two terms of VICReg against collapse (arXiv:2105.04906).
+
+    Args:
+        values: (N, D).
+        mask: (N,) bool; masked rows do not count.
+
+    Returns:
+        How far the deviation of each of the D falls short of 1, on average, 0-d; the squared covariances of different
+        ones, summed and divided by D, 0-d.
+    """
+    n = mask.sum()
+    centred = _centred(values.float(), mask)
+    covariance = _product(centred, centred) / (n - 1).clamp(min=1)
+    deviation = (covariance.diagonal() + 1e-4).sqrt()
+    return (1 - deviation).relu().mean(), _off_diagonal(covariance).square().sum() / values.shape[1]
+
+
+def barlow(one: Tensor, other: Tensor, mask: Tensor, redundancy: float) -> tuple[Tensor, Tensor]:
+    """Barlow Twins (arXiv:2103.03230): the cross-correlation of two views should be the identity.
+
+    Args:
+        one: (N, D) of one view.
+        other: (N, D) of the other view.
+        mask: (N,) bool; masked rows do not count.
+        redundancy: Weight of the entries off the diagonal.
+
+    Returns:
+        The loss, 0-d, and the mean correlation of a feature with itself, 0-d.
+    """
+    if one.shape != other.shape:
+        raise ValueError(f"the views have shapes {tuple(one.shape)} and {tuple(other.shape)}; they must be the same")
+    n = mask.sum().clamp(min=1)
+    views = [_centred(view.float(), mask) for view in (one, other)]
+    views = [view / (view.square().sum(dim=0) / n + 1e-5).sqrt() for view in views]
+    correlation = _product(*views) / n
+    diagonal = correlation.diagonal()
+    loss = (1 - diagonal).square().sum() + redundancy * _off_diagonal(correlation).square().sum()
+    return loss, diagonal.mean()
+
+
+def _centred(values: Tensor, mask: Tensor) -> Tensor:
+    """(N, D) less the mean of the rows that count; the others are 0."""
+    kept = torch.where(mask[:, None], values, torch.zeros((), device=values.device))
+    return torch.where(mask[:, None], values - kept.sum(dim=0) / mask.sum().clamp(min=1), torch.zeros_like(kept))
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """(N, D), (N, D) -> (D, D), in single precision whatever autocast says: sums of N in bfloat16 have two digits."""
+    with torch.autocast(one.device.type, enabled=False):
+        return one.T @ other
+
+
+def _off_diagonal(square: Tensor) -> Tensor:
+    return square - torch.diag(square.diagonal())
 
 
 def action_loss(space: Space, output: Tensor, action: Tensor) -> Tensor:

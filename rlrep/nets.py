@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,6 +57,56 @@ class PictureDecoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Returns the picture, cropped to its height and width."""
         return self.layers(features)[:, :, : self.shape[1], : self.shape[2]]
+
+
+class Transformer(nn.Module):
+    """Transformer blocks that normalise first, as in arXiv:2002.04745: (B, n, width) tokens -> the same."""
+
+    def __init__(self, layers: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+        self.normalise = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor, sees: Tensor | None = None) -> Tensor:
+        """Args: tokens, and `sees`, bool (B, n, n) or what broadcasts to it: which (second) each token (first) sees."""
+        for block in self.blocks:
+            tokens = block(tokens, sees)
+        return self.normalise(tokens)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.to_qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, tokens: Tensor, sees: Tensor | None) -> Tensor:
+        q, k, v = self.to_qkv(self.norms[0](tokens)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = None if sees is None else sees[:, None]
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        tokens = tokens + self.out(found.transpose(1, 2).flatten(2))
+        return tokens + self.mlp(self.norms[1](tokens))
+
+
+class SpatialHead(nn.Module):
+    """The last layer of an encoder that keeps the places: linear at each, then layer normalisation over all.
+
+    Args:
+        shape: (C, H, W) of what comes in.
+        channels: c, features of each place.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], channels: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.mix = nn.Conv2d(shape[0], channels, 1)
+        self.normalise = nn.LayerNorm(shape[1] * shape[2] * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C * H * W) -> (N, H * W * c), place by place."""
+        return self.normalise(self.mix(x.unflatten(1, self.shape)).permute(0, 2, 3, 1).flatten(1))
 
 
 def ema_copy(module: M) -> M:

@@ -23,6 +23,7 @@ from rlrep import distributed, runs
 from rlrep.dataset import Dataset
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.collapse import collapse, has_collapsed
+from rlrep.evaluate.probes import Prober
 from rlrep.objectives import Objective, make_objective
 from rlrep.types import Batch, CollapseWarning, RunError, to_tensor
 
@@ -53,6 +54,7 @@ def pretrain(
     budget: str | int = "auto",
     log_every: int = 250,
     checkpoint_every: int = 1_000,
+    probe_every: int = 0,
     overwrite: bool = False,
 ) -> Encoder:
     """Trains an encoder on recorded transitions, without ever reading their reward.
@@ -85,6 +87,8 @@ def pretrain(
             bytes. A `Dataset` brings its own.
         log_every: Updates between rows of metrics.
         checkpoint_every: Updates between checkpoints.
+        probe_every: Updates, a multiple of `log_every`, between linear probes of every ground-truth factor and of the
+            next action, as `rlrep.probe` makes them; they are logged and change nothing. 0 for none.
         overwrite: Start again, throwing away what another run left in `out`.
 
     Returns:
@@ -100,6 +104,8 @@ def pretrain(
     for name, value in {"updates": updates, "batch_size": batch_size, "log_every": log_every}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
+    if probe_every < 0 or probe_every % log_every:
+        raise ValueError(f"probe_every must be a multiple of log_every={log_every}, or 0, not {probe_every}")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out is a fraction of the episodes, from 0 to below 1, not {held_out}")
     torch_device = distributed.local_device(device)
@@ -137,6 +143,7 @@ def pretrain(
         built = make_encoder(encoder, dataset.observation_space)
         objective = make_objective(objectives, built, dataset.action_space).to(torch_device)
         train, held = (dataset, dataset) if held_out == 0 else dataset.split(held_out, np.random.default_rng([seed, 0]))
+        prober = Prober(dataset, seed=seed) if probe_every and distributed.rank() == 0 else None
         dataset.check_room(batch_size // distributed.world_size(), objective.span)
         if torch_device.type == "cuda":
             train = train.on(torch_device, budget=torch.cuda.mem_get_info(torch_device)[0] // 2)
@@ -150,6 +157,7 @@ def pretrain(
                 trained.load_state_dict(load_safetensors(distributed.broadcast(save(trained.state_dict()))))
                 return trained.eval()
             loop = _Loop(run, settings, objective, train, held, torch_device, bfloat16, log_every, checkpoint_every)
+            loop.prober, loop.probe_every = prober, probe_every
             if run:
                 built.provenance = {
                     "env_spec": dataset.env_spec,
@@ -224,6 +232,8 @@ class _Loop:
         self.schedule = lambda u: min((u + 1) / warmup, 0.5 * (1 + math.cos(math.pi * u / self.updates)))
         self.learning_rate = settings["learning_rate"]
         self.update, self.seconds = 0, 0.0
+        self.prober: Prober | None = None
+        self.probe_every = 0
         self._held_batch: Batch | None = None
         self._warned = False
 
@@ -319,6 +329,9 @@ class _Loop:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **found,
         }
+        if self.prober and (self.update % self.probe_every == 0 or self.update == self.updates):
+            scores = self.prober.linear(self.objective.encoder)
+            row |= {f"probe/{name}": score for name, score in scores.items()}
         if has_collapsed(found) and not self._warned:
             self._warned = True
             warnings.warn(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from rlrep import runs
 from rlrep.collect import collect
 from rlrep.encoders import Encoder
+from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import Summary, report
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.finetune import finetune
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
     from typing import Any as Collect
     from typing import Any as Finetune
     from typing import Any as Pretrain
+    from typing import Any as Probe
 else:
     Collect = settings_of(collect, omit=("env", "out", "overwrite"), name="Collect")
     Pretrain = settings_of(pretrain, omit=("data", "out", "overwrite"), name="Pretrain")
+    Probe = settings_of(probe, omit=("encoder", "data"), name="Probe")
     Finetune = settings_of(finetune, omit=("env", "encoder", "out", "overwrite"), name="Finetune")
 
 

@@ -29,6 +29,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 from torch import Tensor, nn
 
 from rlrep import spaces
+from rlrep.augment import Augment
 from rlrep.encoders import Encoder, load_encoder
 from rlrep.encoders.base import from_config
 from rlrep.registry import SpecError, nearest
@@ -148,6 +149,7 @@ def policy_kwargs(
     *,
     mode: Mode = "finetune",
     lr_scale: float = 0.1,
+    shift: int = 0,
     **extra: Any,
 ) -> dict[str, Any]:
     """Returns the `policy_kwargs` that put an encoder in front of the policy of an SB3 algorithm.
@@ -163,6 +165,8 @@ def policy_kwargs(
             same architecture from SB3's own initialisation: the control. `LatentVecEnv` gives the same features as
             `frozen`, many times faster.
         lr_scale: What the learning rate is multiplied by for the encoder when it is fine-tuned.
+        shift: Pixels by which pictures are shifted at random while the policy is updated, and only then (RAD,
+            arXiv:2004.14990).
         extra: Further `policy_kwargs`, such as `net_arch`.
 
     Raises:
@@ -196,6 +200,8 @@ def policy_kwargs(
         kwargs |= {"weights": Weights(save_safetensors(tensors)), "frozen": mode == "frozen"}
     if mode == "finetune":
         kwargs["lr_scale"] = lr_scale
+    if shift:
+        kwargs["shift"] = shift
     return {
         "features_extractor_class": EncoderExtractor,
         "features_extractor_kwargs": kwargs,
@@ -260,6 +266,7 @@ class EncoderExtractor(BaseFeaturesExtractor):
         weights: Pre-trained weights (safetensors); None for an encoder to be trained from scratch.
         frozen: Whether the weights stay as they are.
         lr_scale: Multiple of the learning rate at which a `ScaledRates` optimiser trains the encoder.
+        shift: Pixels by which pictures are shifted at random in training mode, in which SB3 updates the policy.
 
     Raises:
         SpaceError: The encoder was made for other observations.
@@ -276,12 +283,14 @@ class EncoderExtractor(BaseFeaturesExtractor):
         weights: bytes | None = None,
         frozen: bool = False,
         lr_scale: float = 1.0,
+        shift: int = 0,
     ) -> None:
         if frozen and weights is None:
             raise ValueError("a frozen encoder needs weights; those of an untrained one will do")
         encoder = from_config(config, weights)
         super().__init__(observation_space, encoder.features_dim)
         self._reorder = _reordering(observation_space, encoder.observation_space)
+        self._augment = Augment(encoder.observation_space, shift)
         self._pretrained, self._frozen = weights is not None, frozen
         self._checked_at: int | None = None
         self._digest = encoder.digest() if weights is not None else None
@@ -307,7 +316,7 @@ class EncoderExtractor(BaseFeaturesExtractor):
         if n_writes != self._checked_at:
             self._check(obs)
             self._checked_at = n_writes
-        return self.encoder(obs)
+        return self.encoder(self._augment(obs) if self.training else obs)
 
     def _check(self, obs: Tree) -> None:
         if self._digest is not None and self.encoder.digest() != self._digest:

@@ -110,7 +110,7 @@ def test_list_shows_every_registered_name_with_its_paper() -> None:
     assert "nature" not in only
 
 
-@pytest.mark.parametrize("command", ["collect", "pretrain", "finetune", "report", "run", "list", "data"])
+@pytest.mark.parametrize("command", ["collect", "pretrain", "probe", "finetune", "report", "run", "list", "data"])
 def test_help_is_worth_reading(command: str) -> None:
     done = rlrep(command, "--help")
     assert done.returncode == 0
@@ -127,6 +127,7 @@ def test_help_is_worth_reading(command: str) -> None:
         (["collect", SPEC, "--explorer", "randon", "--out", "x"], "Did you mean 'random'"),
         (["pretrain", "nowhere", "--out", "x"], "nowhere"),
         (["finetune", SPEC, "--encoder", "nowhere", "--out", "x"], "nowhere"),
+        (["probe", "nowhere", "data"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["run", "nowhere"], "no recipe"),
         (["data", "info", "nowhere"], "nowhere"),

@@ -89,7 +89,13 @@ PICTURE = spaces.Box(0, 255, (40, 40, 3), np.uint8)
 GRID = spaces.Box(0, 10, (7, 7, 3), np.uint8)
 
 CASES = [(name, GRID) for name in objectives.names()]
-CASES += [("ae", PICTURE), ("atc:anchors=2,shift=2", PICTURE), ("spr:steps=2,shift=2", PICTURE)]
+CASES += [
+    ("ae", PICTURE),
+    ("atc:anchors=2,shift=2", PICTURE),
+    ("spr:steps=2,shift=2", PICTURE),
+    ("curl:shift=2", PICTURE),
+    ("mae", PICTURE),
+]
 
 
 def a_batch(space: spaces.Box, span: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -97,7 +103,7 @@ def a_batch(space: spaces.Box, span: int, rng: np.random.Generator) -> dict[str,
     length = np.concatenate([np.full(4, span), rng.integers(1, span + 1, 2), np.ones(2, int)])
     mask = np.arange(span) < length[:, None]
     return {
-        "obs": torch.as_tensor(rng.integers(0, space.high.max() + 1, (8, span + 1, *space.shape), dtype=np.uint8)),
+        "obs": torch.as_tensor(rng.integers(0, int(space.high.max()) + 1, (8, span + 1, *space.shape), dtype=np.uint8)),
         "action": torch.as_tensor(rng.integers(0, 4, (8, span)) * mask),
         "terminated": torch.zeros(8, span, dtype=torch.bool),
         "mask": torch.as_tensor(mask),
@@ -128,9 +134,11 @@ def objectives_are_what_they_are_in_one_process() -> None:
         expected = an_update(spec, space, lambda x: x)
         distributed._sharing = True
         assert found.keys() == expected.keys()
+        # Some gradients are zero but for rounding, whose size is that of the loss.
+        atol = 1e-6 * max(1.0, float(expected["loss"]))
         for name, value in expected.items():
             message = f"{spec} on {space}: {name} differs. The rules are at the head of rlrep/distributed.py"
-            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6, msg=lambda m, a=message: f"{a}\n{m}")
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=atol, msg=lambda m, a=message: f"{a}\n{m}")
 
 
 def test_two_ranks(tmp_path: Path) -> None:
@@ -140,6 +148,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         masked_means_weigh_unequal_masks,
         totals,
         draws_as_one_process_would,
+        objectives_are_what_they_are_in_one_process,
     ]
     mp.spawn(on_each_rank, (checks, str(tmp_path)), RANKS)
 

@@ -12,7 +12,7 @@ import torch
 from rlrep_envs import make_vec_env
 
 from rlrep.encoders import Encoder, make_encoder
-from rlrep.finetune import FAILURES, KINDS, SCORES, Arm, finetune
+from rlrep.finetune import DEFAULT_ARMS, FAILURES, SCORES, Arm, finetune
 from rlrep.runs import read_json, read_jsonl
 from rlrep.types import RunError, SpaceError
 
@@ -38,7 +38,7 @@ def encoder() -> Encoder:
 def test_every_arm_is_trained_and_scored(encoder: Encoder, tmp_path: Path) -> None:
     out = finetune(SPEC, encoder=encoder, out=tmp_path / "run", seeds=(3,), **SMALL)
     rows = read_jsonl(out / SCORES)
-    for kind in KINDS:
+    for kind in DEFAULT_ARMS:
         mine = [row for row in rows if row["arm"] == kind]
         assert [row["steps"] for row in mine] == [128, 256]
         assert [row["last"] for row in mine] == [False, True]
@@ -53,6 +53,14 @@ def test_every_arm_is_trained_and_scored(encoder: Encoder, tmp_path: Path) -> No
     assert read_jsonl(out / SCORES) == rows
     with pytest.raises(RunError, match="steps is 256, asked for 512"):
         finetune(SPEC, encoder=encoder, out=tmp_path / "run", seeds=(3,), **{**SMALL, "steps": 512})
+
+
+def test_the_augmented_control_needs_pictures_and_runs_on_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'augment' shifts pictures .* leave it out"):
+        finetune(SPEC, out=tmp_path / "board", arms=["augment"], seeds=(0,), **SMALL)
+    assert not (tmp_path / "board").exists()
+    out = finetune(f"{SPEC},obs_type=rgb", out=tmp_path / "run", arms=["scratch", "augment"], seeds=(0,), **SMALL)
+    assert {row["arm"] for row in read_jsonl(out / SCORES) if row["last"]} == {"scratch", "augment"}
 
 
 def test_the_same_seed_gives_the_same_scores(encoder: Encoder, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from pytorch_metric_learning import losses as metric_losses
 from torch import Tensor
 
 from rlrep import losses
@@ -72,6 +73,80 @@ def test_info_nce_of_one_pair_or_none_is_zero() -> None:
 
 def test_info_nce_of_equal_scores_is_the_log_of_the_candidates() -> None:
     assert float(losses.info_nce(torch.zeros(8, 8), torch.ones(8, dtype=torch.bool))[0]) == pytest.approx(math.log(8))
+
+
+def test_info_nce_tells_an_anchor_only_from_its_negatives() -> None:
+    logits, mask = torch.randn(6, 6), torch.tensor([True, True, True, False, True, True])
+    segment = [0, 0, 1, 1, 2, 2]
+    same = torch.tensor([[a == b for b in segment] for a in segment])
+    for negatives in (same, ~same):
+        expected = []
+        for i in (0, 1, 2, 4, 5):
+            among = [i] + [j for j in range(6) if bool(negatives[i, j]) and bool(mask[j]) and j != i]
+            expected.append(-log_softmax([float(logits[i, j]) for j in among])[0])
+        loss, _ = losses.info_nce(logits, mask, negatives)
+        assert float(loss) == pytest.approx(sum(expected) / 5, rel=1e-5)
+
+
+def test_info_nce_is_that_of_another_library() -> None:
+    anchor, positive = torch.randn(7, 5), torch.randn(7, 5)
+    theirs = metric_losses.NTXentLoss(temperature=0.2)
+    label = torch.arange(7)
+    # Labels that are one object would stand for one set of embeddings.
+    expected = theirs(anchor, label, ref_emb=positive, ref_labels=label.clone())
+    logits = torch.nn.functional.normalize(anchor) @ torch.nn.functional.normalize(positive).T / 0.2
+    torch.testing.assert_close(losses.info_nce(logits, torch.ones(7, dtype=torch.bool))[0], expected)
+
+
+def test_gaussian_kl_is_the_divergence_of_two_normal_distributions() -> None:
+    mean, log_variance = torch.randn(4, 3), torch.randn(4, 3)
+    code = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    expected = torch.distributions.kl_divergence(code, torch.distributions.Normal(0.0, 1.0)).sum(dim=1)
+    torch.testing.assert_close(losses.gaussian_kl(mean, log_variance), expected)
+
+
+def test_variance_and_covariance_are_those_of_the_rows_that_count() -> None:
+    values, mask = torch.randn(9, 4) * torch.tensor([0.1, 0.5, 1.0, 3.0]), torch.arange(9) != 3
+    kept = values[mask].numpy().astype(np.float64)
+    matrix = np.cov(kept, rowvar=False)
+    short = [max(0.0, 1 - math.sqrt(matrix[d, d] + 1e-4)) for d in range(4)]
+    crossed = sum(matrix[i, j] ** 2 for i in range(4) for j in range(4) if i != j) / 4
+    values[3] = torch.nan
+    variance, covariance = losses.variance_covariance(values, mask)
+    assert float(variance) == pytest.approx(sum(short) / 4, rel=1e-4)
+    assert float(covariance) == pytest.approx(crossed, rel=1e-4)
+
+
+def test_vicreg_is_that_of_another_library() -> None:
+    one, other, mask = torch.randn(8, 5), 0.3 * torch.randn(8, 5), torch.ones(8, dtype=torch.bool)
+    # It halves the variance terms, which the paper does not.
+    expected = metric_losses.VICRegLoss(25, 50, 1)(one, ref_emb=other)
+    terms = [losses.variance_covariance(view, mask) for view in (one, other)]
+    found = 25 * (one - other).square().mean() + sum(25 * variance + covariance for variance, covariance in terms)
+    torch.testing.assert_close(found, expected)
+
+
+def test_barlow_is_the_distance_of_the_correlations_from_the_identity() -> None:
+    one, mask = torch.randn(10, 3), torch.arange(10) != 4
+    other = one + 0.5 * torch.randn(10, 3)
+    rows = [view[mask].numpy().astype(np.float64) for view in (one, other)]
+    correlation = np.corrcoef(*rows, rowvar=False)[:3, 3:]
+    expected = sum(
+        (1 - correlation[i, j]) ** 2 if i == j else 0.1 * correlation[i, j] ** 2 for i in range(3) for j in range(3)
+    )
+    one[4], other[4] = torch.nan, torch.inf
+    loss, agreement = losses.barlow(one, other, mask, 0.1)
+    assert float(loss) == pytest.approx(expected, rel=1e-3)
+    assert float(agreement) == pytest.approx(np.diag(correlation).mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_statistics_of_a_row_or_none_have_a_gradient(kept: int) -> None:
+    values = torch.randn(3, 2, requires_grad=True)
+    mask = torch.arange(3) < kept
+    sum(losses.variance_covariance(values, mask), losses.barlow(values, 2 * values, mask, 1.0)[0]).backward()
+    assert values.grad is not None
+    assert values.grad.isfinite().all()
 
 
 def test_cosine_distance_is_the_squared_distance_of_unit_vectors() -> None:
@@ -148,5 +223,9 @@ def test_shapes_that_do_not_fit_are_errors() -> None:
         losses.info_nce(torch.zeros(3, 4), torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"\(3, 2\).*\(1, 2\)"):
         losses.cosine_distance(torch.zeros(3, 2), torch.zeros(1, 2))
+    with pytest.raises(ValueError, match=r"\(3, 2\).*\(3,\)"):
+        losses.gaussian_kl(torch.zeros(3, 2), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"\(3, 2\).*\(3, 4\)"):
+        losses.barlow(torch.zeros(3, 2), torch.zeros(3, 4), torch.ones(3, dtype=torch.bool), 1.0)
     with pytest.raises(SpaceError, match="use Discrete"):
         losses.action_loss(spaces.Text(3), torch.zeros(1, 3), torch.zeros(1))

@@ -114,6 +114,25 @@ def test_scratch_is_initialised_as_sb3_does() -> None:
     assert model.policy.optimizer.param_groups[0]["lr"] == 3e-4
 
 
+def test_pictures_are_shifted_while_the_policy_is_updated_and_only_then() -> None:
+    encoder, venv = encoder_of("picture"), venv_of("picture")
+    model = build(PPO, venv, policy_kwargs(encoder, "ppo", mode="scratch", shift=3))
+    (extractor,) = extractors(model)
+    obs = torch.as_tensor(np.stack([venv.observation_space.sample() for _ in range(4)]))
+    seen: list[tuple[bool, torch.Tensor]] = []
+    extractor.encoder.register_forward_pre_hook(lambda module, args: seen.append((extractor.training, args[0])))
+    for training in (True, False):
+        model.policy.set_training_mode(training)
+        # SB3 has put the channels first.
+        extractor(obs.float().movedim(-1, 1))
+    assert torch.equal(seen[1][1], obs.float())
+    assert not torch.equal(seen[0][1], obs.float())
+    assert seen[0][1].shape == obs.shape
+    seen.clear()
+    model.learn(64)
+    assert {training for training, _ in seen} == {True, False}, "SB3 collects in one mode and updates in the other"
+
+
 def test_scratch_learns_at_the_full_rate() -> None:
     model = build(PPO, venv_of("vector"), policy_kwargs(encoder_of("vector"), mode="scratch"), learning_rate=1e-2)
     before = state_of(extractors(model)[0])

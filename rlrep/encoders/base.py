@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -17,7 +18,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlrep import runs, spaces
+from rlrep import nets, runs, spaces
 from rlrep.registry import Registry, SpecError
 from rlrep.storage import Url, locate
 from rlrep.types import RunError, SpaceError, Tree, tree_map
@@ -72,8 +73,35 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
             raise SpecError(f"features_dim must be at least 1, not {features_dim}")
         self.observation_space = observation_space
         self.features_dim = features_dim
+        self.feature_map: tuple[int, int, int] | None = None
+        """(rows, columns, channels) of spatial features, laid out in this order; None where the places are gone."""
         self.provenance: dict[str, Any] = {}
         """What it learnt from: environment spec, data digest, objectives, versions. Saved with it."""
+
+    def head_over(self, shape: tuple[int, int, int], spatial: bool) -> nn.Module:
+        """Makes the last layer over a flattened (N, C, H, W): linear over all, or, where `spatial`, over each place.
+
+        Spatial features are as many as divide evenly among the places, at most `features_dim`.
+
+        Args:
+            shape: (C, H, W).
+            spatial: Whether the places are kept.
+
+        Raises:
+            SpecError: There are fewer features than places.
+        """
+        if not spatial:
+            return nets.head(math.prod(shape), self.features_dim)
+        _, height, width = shape
+        channels = self.features_dim // (height * width)
+        if channels < 1:
+            raise SpecError(
+                f"spatial features of {height}x{width} places need a features_dim of at least {height * width}, "
+                f"not {self.features_dim}"
+            )
+        self.feature_map = height, width, channels
+        self.features_dim = height * width * channels
+        return nets.SpatialHead(shape, channels)
 
     def forward(self, obs: Tree) -> Tensor:
         """(N, *obs_shape) raw observations -> (N, D) features."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rlrep import nets, spaces
 from rlrep.encoders.base import Encoder, encoders
+from rlrep.registry import SpecError
 
 
 @encoders.register("tokens")
@@ -17,21 +18,25 @@ class Tokens(Encoder):
     Args:
         observation_space: (L,) integers from 0 (padding) to the size of the vocabulary.
         features_dim: D.
-        width: Width of the word embeddings.
+        width: Width of the word embeddings and the convolutions.
+        depth: Convolutions.
     """
 
     paper = "Kim 2014, arXiv:1408.5882"
     kinds = ("tokens",)
 
-    def __init__(self, observation_space: Space, features_dim: int = 32, width: int = 32) -> None:
+    def __init__(self, observation_space: Space, features_dim: int = 32, width: int = 32, depth: int = 1) -> None:
         super().__init__(observation_space, features_dim)
         self.embedding = nn.Embedding(spaces.vocabulary_size(observation_space), width, padding_idx=0)
-        self.convolution = nn.Conv1d(width, width, 3, padding=1)
+        if depth < 1:
+            raise SpecError(f"encoder 'tokens' has at least one convolution, not {depth}")
+        more = [layer for _ in range(1, depth) for layer in (nn.ReLU(), nn.Conv1d(width, width, 3, padding=1))]
+        self.convolutions = nn.Sequential(nn.Conv1d(width, width, 3, padding=1), *more)
         self.head = nets.head(width, features_dim)
 
     def forward(self, obs: Tensor) -> Tensor:
         """(N, L) tokens -> (N, D)."""
-        words = self.convolution(self.embedding(obs.long()).transpose(1, 2))
+        words = self.convolutions(self.embedding(obs.long()).transpose(1, 2))
         padding = (obs == 0)[:, None].expand_as(words)
         sentence = words.masked_fill(padding, -torch.inf).amax(dim=2)
         return self.head(torch.where(sentence.isinf(), 0.0, sentence.relu()))

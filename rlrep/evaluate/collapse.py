@@ -24,6 +24,16 @@ def effective_rank(features: Tensor) -> float:
     return float(torch.exp(-(p * torch.log(p + 1e-12)).sum()))
 
 
+def participation_ratio(features: Tensor) -> float:
+    """Returns (sum of the variances)^2 / sum of their squares, over the principal axes of (N, D) features.
+
+    Like the effective rank it lies between 1 and D, but the largest axes count for more.
+    """
+    centred = features.double() - features.double().mean(dim=0)
+    variances = torch.linalg.svdvals(centred).square()
+    return float(variances.sum().square() / variances.square().sum().clamp(min=1e-24))
+
+
 def collapse(features: Tensor) -> dict[str, float]:
     """Describes (N, D) features of N different observations.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -10,7 +11,7 @@ from gymnasium.spaces import Space
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlrep import distributed, nets, spaces
+from rlrep import distributed, losses, nets, spaces
 from rlrep.encoders import Encoder
 from rlrep.objectives.base import Objective, objectives
 from rlrep.types import Batch, Metrics, Tree, tree_map
@@ -95,23 +96,38 @@ class Reconstruction(nn.Module):
                 self.flatten = spaces.Flatten(space)
                 self.decode = nets.mlp([features_dim, 256, spaces.flat_dim(space)])
 
-    def forward(self, features: Tensor, obs: Tree) -> Tensor:
-        """(N, D), raw (N, *obs_shape) -> (N,) error of each observation."""
+    def forward(self, features: Tensor, obs: Tree, where: Tree | None = None) -> Tensor:
+        """Compares drawings with what they should show.
+
+        Args:
+            features: (N, D).
+            obs: Raw (N, *obs_shape).
+            where: What counts of each observation, all of it unless given: bool, (N, H, W) of a picture, (N, H * W) of
+                a board, (N, L) of words, (N, flat_dim) of a vector, or a dict of these.
+
+        Returns:
+            (N,) mean error of each observation.
+        """
         match self.kind:
             case "dict":
+                masks = where if where is not None else dict.fromkeys(self.keys)
                 parts = zip(self.keys, self.parts, strict=True)
-                return torch.stack([part(features, obs[key]) for key, part in parts]).sum(dim=0)
+                return torch.stack([part(features, obs[key], masks[key]) for key, part in parts]).sum(dim=0)
             case "picture":
-                return self._picture(features, obs)
+                error = self._picture(features, obs)
             case "grid":
-                return self._board(features, obs)
+                error = self._board(features, obs)
             case "tokens":
                 logits = self.decode(features).reshape(-1, self.n_words)
-                return F.cross_entropy(logits, obs.long().flatten(), reduction="none").reshape(obs.shape).mean(dim=1)
+                error = F.cross_entropy(logits, obs.long().flatten(), reduction="none").reshape(obs.shape)
             case _:
-                return (self.decode(features) - self.flatten(obs)).square().mean(dim=1)
+                error = (self.decode(features) - self.flatten(obs)).square()
+        if where is None:
+            return error.flatten(1).mean(dim=1)
+        return (error * where).flatten(1).sum(dim=1) / where.flatten(1).sum(dim=1).clamp(min=1)
 
     def _picture(self, features: Tensor, obs: Tensor) -> Tensor:
+        """(N, H, W) error of each pixel."""
         x = obs.permute(0, 3, 1, 2) if spaces.channels_last(cast(gym_spaces.Box, self.space)) else obs
         error = (self.decode(features).float() - x / 255).square()
         # Each frame of a stack is weighed by itself: by its colours, or its greys.
@@ -119,10 +135,10 @@ class Reconstruction(nn.Module):
         code = torch.zeros_like(frames[:, :, 0], dtype=torch.int32)
         for channel in range(self.channels):
             code = (code << BITS) + (frames[:, :, channel] >> (8 - BITS))
-        weighted = error.unflatten(1, (-1, self.channels)).mean(dim=2) * self.rarity(code)
-        return weighted.flatten(1).mean(dim=1)
+        return (error.unflatten(1, (-1, self.channels)).mean(dim=2) * self.rarity(code)).mean(dim=1)
 
     def _board(self, features: Tensor, obs: Tensor) -> Tensor:
+        """(N, cells) error of each cell."""
         channels = self.shape[0]
         symbols = obs.long().clamp(max=SYMBOLS - 1).flatten(1, 2)
         logits = self.decode(features).unflatten(2, (channels, SYMBOLS))
@@ -131,7 +147,13 @@ class Reconstruction(nn.Module):
         frames = (*symbols.shape[:2], -1, spaces.SYMBOLS)
         cell = symbols.reshape(frames)
         weight = self.rarity(cell[..., 0] + SYMBOLS * cell[..., 1])
-        return (error.reshape(frames).mean(dim=-1) * weight).flatten(1).mean(dim=1)
+        return (error.reshape(frames).mean(dim=-1) * weight).mean(dim=2)
+
+
+def check_rarity(name: str, rarity: float) -> None:
+    """Raises unless `rarity` is a power between 0 and 1."""
+    if not 0 <= rarity <= 1:
+        raise ValueError(f"{name}: rarity must lie between 0 and 1, not {rarity}")
 
 
 @objectives.register("ae")
@@ -152,11 +174,61 @@ class Autoencoder(Objective):
 
     def __init__(self, encoder: Encoder, action_space: Space, rarity: float = 0.5, width: int = 32) -> None:
         super().__init__(encoder, action_space)
-        if not 0 <= rarity <= 1:
-            raise ValueError(f"ae: rarity must lie between 0 and 1, not {rarity}")
+        check_rarity("ae", rarity)
         self.reconstruct = Reconstruction(encoder.observation_space, encoder.features_dim, rarity, width)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Returns the mean error over the first observation of every segment."""
         obs = tree_map(lambda x: x[:, 0], batch.obs)
         return self.reconstruct(self.features(batch, 1)[:, 0], obs).mean(), {}
+
+
+@objectives.register("vae")
+class VAE(Objective):
+    """Reconstructs the observation from a noisy code of its features that carries few nats.
+
+    The code's mean and variance are linear in the features; what goes on to a policy is the features.
+
+    Args:
+        encoder: The encoder to shape.
+        action_space: Not used by the loss.
+        beta: Weight of the divergence from a standard normal code, in nats for each number of the observation; with 1
+            and no rarity the loss bounds the likelihood of pixels with a variance of one half.
+        latent_dim: Width of the code.
+        rarity: As of `ae`.
+        width: Channels of the decoder.
+    """
+
+    paper = "Kingma & Welling 2014, arXiv:1312.6114"
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        action_space: Space,
+        beta: float = 1.0,
+        latent_dim: int = 64,
+        rarity: float = 0.5,
+        width: int = 32,
+    ) -> None:
+        super().__init__(encoder, action_space)
+        check_rarity("vae", rarity)
+        if beta < 0 or latent_dim < 1:
+            raise ValueError(f"vae: beta must not be negative, and latent_dim at least 1, not {beta} and {latent_dim}")
+        self.beta = beta
+        self.n_numbers = sum(math.prod(leaf.shape or ()) for leaf in spaces.leaves(encoder.observation_space).values())
+        self.code = nn.Linear(encoder.features_dim, 2 * latent_dim)
+        self.reconstruct = Reconstruction(encoder.observation_space, latent_dim, rarity, width)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Returns the mean error of drawing the first observations, plus the weighted divergence."""
+        obs = tree_map(lambda x: x[:, 0], batch.obs)
+        mean, log_variance = self.code(self.features(batch, 1)[:, 0]).float().chunk(2, dim=-1)
+        # Without noise in evaluation: the held-out loss should not jump.
+        code = mean
+        if self.training:
+            noise = distributed.rows(lambda n: torch.randn(n, mean.shape[1], device=mean.device), len(mean))
+            code = mean + (0.5 * log_variance).exp() * noise
+        error = self.reconstruct(code, obs).mean()
+        divergence = losses.gaussian_kl(mean, log_variance).mean()
+        loss = error + self.beta * divergence / self.n_numbers
+        return loss, {"error": error.detach(), "nats": divergence.detach()}

@@ -214,7 +214,7 @@ def test_unknown_names_options_and_widths_are_errors() -> None:
         make_encoder("grid:features_dim=0", BOARD)
     with pytest.raises(SpecError, match="Did you mean 'image'"):
         make_encoder({"name": "dict", "keys": {"imag": "grid"}}, SPACES["dict"])
-    with pytest.raises(SpaceError, match="36x36, not 10x10; use 'mlp'"):
+    with pytest.raises(SpaceError, match="36x36, not 10x10; use 'impala', 'vit' or 'mlp'"):
         make_encoder("nature", SPACES["small-picture"])
 
 
@@ -245,13 +245,13 @@ def test_a_dict_key_may_have_its_own_encoder_and_keeps_it(tmp_path: Path) -> Non
 def test_tokens_ignore_the_padding_after_a_sentence() -> None:
     encoder = build("tokens", WORDS)
     # A bias that would make the padding win every maximum.
-    torch.nn.init.constant_(encoder.convolution.bias, 0.5)
+    torch.nn.init.constant_(encoder.convolutions[0].bias, 0.5)
     with torch.no_grad():
-        encoder.convolution.weight[:, :, 1].abs_().neg_()
+        encoder.convolutions[0].weight[:, :, 1].abs_().neg_()
         encoder.embedding.weight[1:].abs_()
     words = torch.zeros(1, 32, 5)
     words[0, :, 1:4] = encoder.embedding.weight[[5, 7, 9]].T
-    expected = encoder.head(torch.nn.functional.conv1d(words, *encoder.convolution.parameters()).amax(dim=2).relu())
+    expected = encoder.head(torch.nn.functional.conv1d(words, *encoder.convolutions.parameters()).amax(dim=2).relu())
     torch.testing.assert_close(encoder(torch.tensor([[5, 7, 9, 0, 0, 0, 0, 0, 0]])), expected)
     assert encoder(torch.zeros(1, 9, dtype=torch.int64)).isfinite().all()
 
@@ -270,6 +270,62 @@ def test_a_picture_is_the_same_either_way_round() -> None:
     hwc, chw = build("nature", SPACES["hwc"]), build("nature", spaces.Box(0, 255, (3, 40, 36), np.uint8))
     obs = observations(SPACES["hwc"], 2)
     torch.testing.assert_close(chw(obs.permute(0, 3, 1, 2)), hwc(obs))
+
+
+SPATIAL = {
+    "nature": spaces.Box(0, 255, (56, 56, 3), np.uint8),
+    "impala": SPACES["chw"],
+    "vit": BOARD,
+    "grid": SPACES["stacked-board"],
+}
+
+
+def test_every_encoder_that_can_be_spatial_is_tested() -> None:
+    assert set(SPATIAL) == {name for name in encoders.names() if "spatial" in encoders.options(name)}
+
+
+@pytest.mark.parametrize(("name", "space"), SPATIAL.items())
+def test_spatial_features_are_those_of_each_place(name: str, space: spaces.Space, tmp_path: Path) -> None:
+    obs = observations(space, 2)
+    encoder = make_encoder({"name": name, "features_dim": 300, "spatial": True}, space)
+    assert encoder.feature_map is not None
+    rows, columns, channels = encoder.feature_map
+    assert encoder.features_dim == rows * columns * channels <= 300 < rows * columns * (channels + 1)
+    assert encoder.encode(obs).shape == (2, encoder.features_dim)
+    encoder.save_pretrained(tmp_path)
+    assert torch.equal(load_encoder(tmp_path)(obs), encoder(obs))
+    with pytest.raises(SpecError, match=f"{rows}x{columns} places.*at least {rows * columns}, not 2"):
+        make_encoder({"name": name, "features_dim": 2, "spatial": True}, space)
+    assert build(name, space).feature_map is None
+
+
+@pytest.mark.parametrize(("name", "label"), [("grid", "board"), ("impala", "hwc")])
+def test_a_place_of_the_map_sees_what_is_near_it(name: str, label: str) -> None:
+    """What changes in one corner changes the features of that corner and not of the opposite one."""
+    torch.manual_seed(0)
+    encoder = make_encoder({"name": name, "features_dim": 512, "spatial": True, "depth": 0}, SPACES[label])
+    # The normalisation over all places lets a little of everything through.
+    encoder.head.normalise = torch.nn.Identity()
+    obs = observations(SPACES[label], 1)
+    other = obs.clone()
+    other[0, :2, :2] = 255 - other[0, :2, :2]
+    difference = (encoder(obs) - encoder(other)).unflatten(1, encoder.feature_map).abs().sum(dim=-1)[0]
+    assert difference[0, 0] > 0
+    assert difference[-1, -1] == 0
+
+
+DEPTHS = {"nature": ("hwc", 5, 2), "impala": ("hwc", 0, -1), "vit": ("board", 1, 0), "grid": ("board", 0, -1)}
+DEPTHS["tokens"] = ("words", 3, 0)
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_depth_is_how_many_layers(name: str) -> None:
+    label, good, bad = DEPTHS[name]
+    usual, other = make_encoder(name, SPACES[label]), make_encoder(f"{name}:depth={good}", SPACES[label])
+    assert len(list(other.parameters())) != len(list(usual.parameters()))
+    assert other(observations(SPACES[label], 2)).shape == (2, other.features_dim)
+    with pytest.raises(SpecError, match=f"{name}.*{bad}"):
+        make_encoder(f"{name}:depth={bad}", SPACES[label])
 
 
 class Wider(type(make_encoder("grid", BOARD))):

@@ -9,6 +9,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from rlrep.encoders import Encoder, make_encoder
+from rlrep.evaluate.collapse import effective_rank
 from rlrep.objectives import Objective, make_objective, objectives
 from rlrep.types import Batch
 
@@ -148,3 +149,133 @@ def test_targets_never_take_a_gradient_and_follow_slowly(name: str) -> None:
             assert 0 < moved < 0.2 * float((online.detach() - start[key]).norm())
         else:
             assert moved > 0
+
+
+BOARD = spaces.Box(0, 255, (4, 4, 3), np.uint8)
+
+
+def stripes(n: int, rng: np.random.Generator) -> Tensor:
+    """(n, 2, 4, 4, 3) boards whose rows are each of one of four kinds: a hidden cell can be told from its row."""
+    kinds = rng.integers(1, 5, size=(n, 2, 4, 1, 1))
+    return torch.from_numpy(np.broadcast_to(kinds, (n, 2, 4, 4, 3)).astype(np.uint8).copy())
+
+
+def test_mae_tells_hidden_cells_from_those_beside_them() -> None:
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    encoder = make_encoder("grid:features_dim=64,width=16", BOARD)
+    objective = objectives.build({"name": "mae", "ratio": 0.3, "width": 16}, encoder, MOVES)
+    action = torch.zeros(64, 1, dtype=torch.long)
+    fit(objective, [make_batch(stripes(64, rng), action) for _ in range(150)], 3e-3)
+    obs = stripes(200, rng)[:, 0]
+    with torch.no_grad():
+        left, where = objective.hide(obs)
+        drawn = objective.reconstruct.decode(encoder(left)).unflatten(2, (3, -1)).argmax(dim=-1)
+    right = (drawn == obs.flatten(1, 2)).all(dim=-1)[where].float().mean()
+    assert float(right) > 0.6, "the commonest kind is right in a quarter of the cells"
+
+
+def test_vq_uses_many_codes() -> None:
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    encoder = make_encoder("grid:features_dim=64,width=16,spatial=true", BOARD)
+    objective = objectives.build({"name": "vq", "n_codes": 32, "code_dim": 8, "width": 16}, encoder, MOVES)
+    action = torch.zeros(32, 1, dtype=torch.long)
+    before = float(objective(make_batch(stripes(32, rng), action))[0].detach())
+    fit(objective, [make_batch(stripes(32, rng), action) for _ in range(150)], 3e-3)
+    objective.eval()
+    loss, metrics = objective(make_batch(stripes(200, rng), torch.zeros(200, 1, dtype=torch.long)))
+    assert float(metrics["perplexity"]) > 8
+    assert float(loss.detach()) < 0.5 * before
+
+
+@pytest.mark.parametrize(
+    "spec", ["curl:projection_dim=16", "cpc:hidden=32,projection_dim=16", "cpc:hidden=32,negatives=same"]
+)
+def test_contrast_picks_the_positive_far_above_chance(spec: str) -> None:
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    encoder = make_encoder({"name": "mlp", "features_dim": 16, "hidden": [64]}, VECTOR)
+    objective = make_objective(spec, encoder, MOVES)
+    name = spec.partition(":")[0]
+    held_out = make_batch(*walks(32, objective.span, rng)[:2])
+    fit(objective, [make_batch(*walks(32, objective.span, rng)[:2]) for _ in range(150)], 3e-3)
+    accuracy = float(objective(held_out)[1][f"{name}/accuracy"])
+    # 32 candidates; 4 moments of each segment for cpc, or of its own only, where a random walk can be told less well.
+    assert accuracy > (0.35 if "same" in spec else {"curl": 8 / 32, "cpc": 8 / 128}[name])
+
+
+@pytest.mark.parametrize("spec", ["byol:lag=1", "vicreg:projection_dim=32", "barlow:projection_dim=32", "forward"])
+def test_without_negatives_the_features_do_not_collapse(spec: str) -> None:
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    encoder = make_encoder({"name": "mlp", "features_dim": 16, "hidden": [64]}, VECTOR)
+    objective = make_objective(spec, encoder, MOVES)
+    fit(objective, [make_batch(*walks(64, 1, rng)[:2]) for _ in range(150)], 1e-3)
+    obs, _, mine, its = (x.flatten(0, 1) for x in walks(400, 1, rng))
+    assert explained(encoder, obs, torch.cat([mine, its], dim=1)) > 0.7
+    with torch.no_grad():
+        assert effective_rank(encoder(obs)) > 4
+
+
+def lines(n: int, steps: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Boards whose cells all hold a number from 0 to 3, which the actions move by -2, -1, 1 and 2 as far as it goes."""
+    action, state = rng.integers(0, 4, size=(n, steps)), rng.integers(0, 4, size=(n, steps + 1))
+    for t in range(steps):
+        state[:, t + 1] = np.clip(state[:, t] + np.array([-2, -1, 1, 2])[action[:, t]], 0, 3)
+    obs = np.broadcast_to(state[:, :, None, None, None], (n, steps + 1, *BOARD.shape)).astype(np.uint8).copy()
+    return torch.from_numpy(obs), torch.from_numpy(action)
+
+
+def test_gpt_knows_what_an_action_leads_to() -> None:
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    encoder = make_encoder("grid:features_dim=16,width=8", BOARD)
+    spec = {"name": "gpt", "steps": 3, "width": 32, "layers": 1, "heads": 2, "decoder_width": 8}
+    objective = objectives.build(spec, encoder, MOVES)
+    fit(objective, [make_batch(*lines(32, 3, rng)) for _ in range(150)], 3e-3)
+    obs, action = lines(100, 3, rng)
+    with torch.no_grad():
+        tokens = objective.trajectory.embed(encoder.encode(obs[:, :3]), action)
+        _, context = objective.trajectory(*tokens, torch.ones(100, 3, dtype=torch.bool))
+        drawn = objective.reconstruct.decode(context.flatten(0, 1)).unflatten(2, (3, -1)).argmax(dim=-1)
+    right = (drawn == obs[:, 1:].flatten(0, 1).flatten(1, 2)).float().mean()
+    assert float(right) > 0.9, "a quarter would be chance"
+
+
+def test_gpt_does_not_look_ahead() -> None:
+    torch.manual_seed(0)
+    encoder = make_encoder("grid:features_dim=16,width=8", BOARD)
+    objective = objectives.build({"name": "gpt", "steps": 3, "width": 32, "heads": 2}, encoder, MOVES)
+    obs, action = lines(6, 3, np.random.default_rng(0))
+    there = torch.ones(6, 3, dtype=torch.bool)
+    with torch.no_grad():
+        observed, acted = objective.trajectory.embed(encoder.encode(obs[:, :3]), action)
+        before = objective.trajectory(observed, acted, there)
+        observed[:, 2] += torch.randn(32)
+        acted[:, 1] += torch.randn(32)
+        after = objective.trajectory(observed, acted, there)
+    assert torch.equal(before[0][:, :2], after[0][:, :2])
+    assert torch.equal(before[1][:, 0], after[1][:, 0])
+    assert not torch.allclose(before[1][:, 1], after[1][:, 1])
+
+
+def test_mtm_tells_hidden_actions_from_what_is_around_them() -> None:
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    encoder = make_encoder("grid:features_dim=16,width=8", BOARD)
+    spec = {
+        "name": "mtm",
+        "steps": 3,
+        "ratio": 0.3,
+        "action_weight": 1.0,
+        "width": 32,
+        "layers": 1,
+        "heads": 2,
+        "decoder_width": 8,
+    }
+    objective = objectives.build(spec, encoder, MOVES)
+    fit(objective, [make_batch(*lines(32, 3, rng)) for _ in range(250)], 3e-3)
+    _, metrics = objective(make_batch(*lines(200, 3, rng)))
+    # Both observations around an action are there in half of the cases, and do not always tell.
+    assert float(metrics["action_loss"]) < 0.85 * np.log(4)

@@ -15,6 +15,8 @@ from torch import Tensor
 from rlrep.encoders import Encoder, make_encoder
 from rlrep.objectives import Objective, objectives
 from rlrep.objectives.autoencoder import Rarity
+from rlrep.objectives.mae import Masking
+from rlrep.objectives.vq import Codebook
 from rlrep.types import Batch, Tree
 
 VECTOR = spaces.Box(-np.inf, np.inf, (4,), np.float32)
@@ -250,3 +252,210 @@ def test_ae_on_a_dict_is_the_sum_over_its_keys() -> None:
         expected += float((room.decode(found)[i] - one_hot).square().mean())
         expected += float((x.decode(found)[i] - first["place"]["x"][i] / 2).square().mean())
     assert loss_of(objective, segments(obs))[0] == pytest.approx(expected / len(LENGTHS), rel=1e-4)
+
+
+def cross_entropy_of(scores: list[float], right: int) -> float:
+    return math.log(sum(math.exp(s) for s in scores)) - scores[right]
+
+
+def candidates(negatives: str, n: int, pairs: list[tuple[int, int]]) -> list[int]:
+    """The pairs among which the positive of pair n is to be found; it stands first."""
+    mine = pairs[n][0]
+    allowed = {"all": lambda i: True, "same": lambda i: i == mine, "cross": lambda i: i != mine}[negatives]
+    return [n, *(j for j, (i, _) in enumerate(pairs) if j != n and allowed(i))]
+
+
+@pytest.mark.parametrize(("anchors", "negatives"), [(1, "all"), (3, "all"), (3, "same"), (3, "cross")])
+@torch.no_grad()
+def test_curl_picks_the_slow_copys_features_of_the_same_observation(anchors: int, negatives: str, batch: Batch) -> None:
+    objective = build({"name": "curl", "anchors": anchors, "negatives": negatives})
+    pairs = [(i, t) for i, length in enumerate(LENGTHS) for t in range(anchors) if t <= length]
+    queries = [
+        objective.bilinear.weight @ objective.project(features(objective.encoder, batch.obs[i, t])) for i, t in pairs
+    ]
+    keys = [objective.ema_project(features(objective.ema_encoder, batch.obs[i, t])) for i, t in pairs]
+    found = []
+    for n, query in enumerate(queries):
+        found.append(cross_entropy_of([float(query @ keys[j]) for j in candidates(negatives, n, pairs)], 0))
+    assert loss_of(objective, batch)[0] == pytest.approx(sum(found) / len(found), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("negatives", ["all", "same", "cross"])
+@torch.no_grad()
+def test_cpc_picks_each_later_observation_from_a_summary_of_the_past(negatives: str, batch: Batch) -> None:
+    objective = build({"name": "cpc", "steps": 2, "context": 3, "negatives": negatives})
+    assert objective.span == 4
+    projected = {
+        (i, t): objective.project(features(objective.encoder, batch.obs[i, t])) for i in range(5) for t in range(5)
+    }
+    losses = []
+    for k in (1, 2):
+        pairs = [(i, t) for i, length in enumerate(LENGTHS) for t in range(3) if t + k <= length]
+        found = []
+        for n, (i, t) in enumerate(pairs):
+            past, _ = objective.summarise(torch.stack([projected[i, s] for s in range(t + 1)])[None])
+            query = objective.predict[k - 1].weight @ past[0, -1]
+            among = candidates(negatives, n, pairs)
+            found.append(cross_entropy_of([float(query @ projected[pairs[j][0], pairs[j][1] + k]) for j in among], 0))
+        losses.append(sum(found) / len(found))
+    assert loss_of(objective, batch)[0] == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@torch.no_grad()
+def test_byol_predicts_each_view_from_the_other(lag: int, batch: Batch) -> None:
+    objective = build({"name": "byol", "lag": lag})
+    found = []
+    for i, length in enumerate(LENGTHS):
+        if lag > length:
+            continue
+        for here, there in ((0, lag), (lag, 0)):
+            prediction = objective.predict(objective.project(features(objective.encoder, batch.obs[i, here])))
+            target = objective.ema_project(features(objective.ema_encoder, batch.obs[i, there]))
+            found.append(2 - 2 * float(prediction @ target / (prediction.norm() * target.norm())))
+    assert loss_of(objective, batch)[0] == pytest.approx(2 * sum(found) / len(found), rel=1e-4)
+
+
+def spread_terms(rows: Tensor) -> tuple[float, float]:
+    """VICReg's variance and covariance terms of (N, D)."""
+    matrix = np.cov(rows.numpy().astype(np.float64), rowvar=False)
+    short = np.maximum(0, 1 - np.sqrt(np.diag(matrix) + 1e-4)).mean()
+    return float(short), float((matrix**2).sum() - (np.diag(matrix) ** 2).sum()) / len(matrix)
+
+
+@torch.no_grad()
+def test_vicreg_and_barlow_compare_views_that_lie_in_one_episode(batch: Batch) -> None:
+    kept = [i for i, length in enumerate(LENGTHS) if length >= 2]
+    objective = build({"name": "vicreg", "lag": 2, "invariance": 2.0, "variance": 3.0, "covariance": 5.0})
+    one, other = (
+        torch.stack([objective.project(features(objective.encoder, batch.obs[i, t])) for i in kept]) for t in (0, 2)
+    )
+    terms = np.add(spread_terms(one), spread_terms(other))
+    expected = 2 * float((one - other).square().mean()) + 3 * terms[0] + 5 * terms[1]
+    assert loss_of(objective, batch)[0] == pytest.approx(expected, rel=1e-4)
+
+    twins = build({"name": "barlow", "lag": 2, "redundancy": 0.1})
+    one, other = (
+        torch.stack([twins.project(features(twins.encoder, batch.obs[i, t])) for i in kept]).double() for t in (0, 2)
+    )
+    one, other = ((x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-5).sqrt() for x in (one, other))
+    matrix = one.T @ other / len(kept)
+    on = matrix.diagonal()
+    expected = float((1 - on).square().sum() + 0.1 * (matrix.square().sum() - on.square().sum()))
+    assert loss_of(twins, batch)[0] == pytest.approx(expected, rel=1e-3)
+
+
+@torch.no_grad()
+def test_forward_predicts_the_next_features_and_keeps_them_apart(batch: Batch) -> None:
+    objective = build({"name": "forward", "prediction": 2.0, "variance": 3.0, "covariance": 5.0})
+    now = torch.stack([features(objective.encoder, batch.obs[i, 0]) for i in range(len(LENGTHS))])
+    errors = []
+    for i in range(len(LENGTHS)):
+        chosen = torch.zeros(3)
+        chosen[int(batch.action[i, 0]) - 2] = 1
+        predicted = now[i] + objective.predict(torch.cat([now[i], chosen]))
+        errors.append(float((predicted - features(objective.encoder, batch.obs[i, 1])).square().mean()))
+    variance, covariance = spread_terms(now)
+    expected = 2 * sum(errors) / len(errors) + 3 * variance + 5 * covariance
+    assert loss_of(objective, batch)[0] == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_vae_bounds_the_likelihood_of_what_it_draws(batch: Batch) -> None:
+    """With beta 1, n numbers and a variance of 1/2: n x loss = -ELBO, but for a constant."""
+    objective = build({"name": "vae", "rarity": 0.0, "latent_dim": 5})
+    scaled = torch.sign(batch.obs[:, 0]) * torch.log1p(batch.obs[:, 0].abs())
+    mean, log_variance = objective.code(objective.encoder(batch.obs[:, 0])).chunk(2, dim=1)
+    code = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    torch.manual_seed(1)
+    drawn = objective.reconstruct.decode(mean + code.scale * torch.randn(len(LENGTHS), 5))
+    seen = torch.distributions.Normal(drawn, math.sqrt(0.5))
+    nats = torch.distributions.kl_divergence(code, torch.distributions.Normal(0.0, 1.0)).sum(dim=1)
+    bound = seen.log_prob(scaled).sum(dim=1) + 4 * math.log(math.sqrt(math.pi)) - nats
+    torch.manual_seed(1)
+    assert loss_of(objective, batch)[0] == pytest.approx(-float(bound.mean()) / 4, rel=1e-4)
+
+
+def test_vq_looks_up_the_nearest_code_and_lets_the_gradient_past(batch: Batch) -> None:
+    objective = build({"name": "vq", "n_codes": 6, "code_dim": 3, "parts": 2, "commitment": 0.5})
+    objective.eval()
+    torch.manual_seed(2)
+    objective.codebook.codes.copy_(torch.randn(6, 3))
+    vectors = objective.vectors(objective.encoder(batch.obs[:, 0])).reshape(-1, 3).detach()
+    nearest = torch.tensor([int((objective.codebook.codes - v).square().sum(dim=1).argmin()) for v in vectors])
+    codes = objective.codebook.codes[nearest]
+    drawn = objective.reconstruct(codes.reshape(len(LENGTHS), 6), batch.obs[:, 0]).mean()
+    expected = float(drawn.detach()) + 0.5 * float((vectors - codes).square().mean())
+    loss, metrics = loss_of(objective, batch)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    shares = torch.bincount(nearest, minlength=6) / len(nearest)
+    assert metrics["perplexity"] == pytest.approx(
+        math.exp(-sum(p * math.log(p) for p in shares.tolist() if p)), rel=1e-4
+    )
+    # The gradient at the vectors is that at the codes, plus the commitment's.
+    held = codes.reshape(len(LENGTHS), 6).clone().requires_grad_()
+    objective.reconstruct(held, batch.obs[:, 0]).mean().backward()
+    seen = []
+    hook = objective.vectors.register_full_backward_hook(lambda module, got, given: seen.append(given[0]))
+    objective(batch)[0].backward()
+    hook.remove()
+    expected_gradient = held.grad.reshape(-1, 3) + 0.5 * 2 * (vectors - codes) / vectors.numel()
+    torch.testing.assert_close(seen[0].reshape(-1, 3), expected_gradient)
+
+
+@torch.no_grad()
+def test_codes_are_moving_averages_of_what_they_stand_for() -> None:
+    book = Codebook(3, 2, decay=0.9)
+    torch.manual_seed(0)
+    book(torch.randn(20, 2))
+    vectors = torch.randn(20, 2)
+    counts, sums = book.counts.clone(), book.sums.clone()
+    index = book(vectors)
+    for code in range(3):
+        mine = vectors[index == code]
+        assert float(book.counts[code]) == pytest.approx(0.9 * float(counts[code]) + 0.1 * len(mine), rel=1e-5)
+        torch.testing.assert_close(book.sums[code], 0.9 * sums[code] + 0.1 * mine.sum(dim=0))
+        torch.testing.assert_close(book.codes[code], book.sums[code] / book.counts[code])
+
+
+def test_a_code_that_is_never_used_starts_anew_at_something_seen() -> None:
+    book = Codebook(2, 1, decay=0.5)
+    with torch.no_grad():
+        book.codes.copy_(torch.tensor([[0.0], [100.0]]))
+        book.sums.copy_(torch.tensor([[0.0], [100.0]]))
+        book.counts.fill_(1.0)
+        for _ in range(9):
+            book(torch.tensor([[-1.0], [1.0]]))
+    assert float(book.codes.abs().max()) <= 1
+
+
+def test_mae_counts_hidden_parts_only() -> None:
+    space = spaces.Box(0, 255, (5, 5, 3), np.uint8)
+    objective = build({"name": "mae", "rarity": 0.0, "ratio": 0.4}, space)
+    obs = torch.randint(0, 9, (len(LENGTHS), T + 1, 5, 5, 3), generator=torch.Generator().manual_seed(1)).byte()
+    torch.manual_seed(5)
+    left, where = objective.hide(obs[:, 0])
+    assert torch.equal((left == 255).all(dim=-1).flatten(1), where)
+    assert torch.equal(left.flatten(1, 2)[~where], obs[:, 0].flatten(1, 2)[~where])
+    logits = objective.reconstruct.decode(objective.encoder(left)).reshape(len(LENGTHS), 25, 3, 32)
+    chance = logits.double().log_softmax(dim=-1).detach().numpy()
+    total = 0.0
+    for i in range(len(LENGTHS)):
+        hidden = np.flatnonzero(where[i].numpy())
+        held = obs[i, 0].reshape(25, 3).tolist()
+        total -= sum(chance[i, cell, c, held[cell][c]] for cell in hidden for c in range(3)) / (3 * len(hidden))
+    torch.manual_seed(5)
+    assert loss_of(objective, segments(obs))[0] == pytest.approx(total / len(LENGTHS), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.MultiDiscrete([3, 4], start=[1, -1]), spaces.Discrete(4, start=2), spaces.MultiBinary(3)]
+)
+def test_masked_vectors_stay_in_their_space(space: spaces.Space) -> None:
+    space.seed(0)
+    obs = torch.as_tensor(np.stack([np.asarray(space.sample()) for _ in range(20)]))
+    torch.manual_seed(0)
+    left, where = Masking(space, 0.5, 8)(obs)
+    assert not torch.equal(left, obs)
+    assert all(space.contains(row if row.ndim else space.dtype.type(row)) for row in left.numpy().astype(space.dtype))
+    assert where.all()
