@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def two_processes(folder: Path, updates: int = UPDATES) -> Row:
     return row
 
 
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as temporary:
-        make_data(Path(temporary))
-        print(two_processes(Path(temporary)))
+def rows(folder: Path) -> Iterator[Row]:
+    """Measures pre-training by several processes."""
+    make_data(folder)
+    yield two_processes(folder)

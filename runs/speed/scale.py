@@ -31,8 +31,11 @@ def rates(parent: Path, n_workers: int, ray: str | None, steps: int = STEPS) -> 
         "explorer": "random",
         "n_envs": 16,
         "episodic": False,
+        "features": None,
         "encoder": "auto",
+        "algorithm": "ppo",
         "settings": None,
+        "until": None,
         "device": "cpu",
         "checkpoint_every": 10_000,
         "overwrite": False,
@@ -65,4 +68,5 @@ def rows(folder: Path) -> Iterator[Row]:
             one, two = zip(*((a[of], b[of]) for a, b in found), strict=True)
             ratio = statistics.median(b / a for a, b in zip(one, two, strict=True))
             what = f"two collectors on {name}, against one, {kind}"
+            print(f"{ratio:8.2f}  {what}", flush=True)
             yield Row(what, "" if of else "at least 1.6", ratio, 1 / statistics.median(two), 1 / statistics.median(one))
