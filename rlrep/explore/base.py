@@ -307,9 +307,13 @@ class Memory(nn.Module):
             place = torch.where(place < self.capacity, place, -1)
         self.seen += n
         kept = place >= 0
-        for i, leaf in enumerate(tree_leaves(obs)):
+
+        def keep(i: int, leaf: Tensor) -> None:
             rows = getattr(self, f"rows{i}")
             rows[place[kept]] = leaf[kept].to(rows.dtype)
+
+        # By key: an environment may give them in another order than its space.
+        tree_map(keep, self._numbers, obs)
         return place
 
     def rows(self, index: Tensor | slice = slice(None)) -> Tree:

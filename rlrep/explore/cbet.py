@@ -72,7 +72,8 @@ def _changes(step: Transition) -> np.ndarray:
     """Returns the hash of each change, (N,) uint64."""
 
     def difference(now: Tensor, then: Tensor) -> np.ndarray:
+        a, b = (x.view(np.uint8) if x.dtype == bool else x for x in (now.cpu().numpy(), then.cpu().numpy()))
         # Without a sign, bytes wrap around, which loses nothing.
-        return then.cpu().numpy() - now.cpu().numpy()
+        return b - a
 
     return hash_rows(tree_map(difference, step.obs, step.next_obs))

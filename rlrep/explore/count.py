@@ -52,6 +52,8 @@ class Count(Bonus):
         self._visits, self._episodes = Counts(), EpisodicCounts(n_envs)
         leaves = list(spaces.leaves(observation_space).values()) if simhash else []
         self.flatten = torch.nn.ModuleList(spaces.Flatten(leaf) for leaf in leaves)
+        numbers = iter(range(len(leaves)))
+        self._numbers: Tree = tree_map(lambda leaf: next(numbers), spaces.zeros(observation_space, ())) if leaves else 0
         n_numbers = sum(spaces.flat_dim(leaf) for leaf in leaves)
         self.register_buffer("projection", torch.randn(n_numbers, simhash) if simhash else None)
 
@@ -76,8 +78,9 @@ class Count(Bonus):
     def _keys(self, obs: Tree) -> np.ndarray:
         """Returns what each of the N observations is counted under, (N,) uint64."""
         if self.projection is not None:
-            flat = torch.cat([f(leaf) for f, leaf in zip(self.flatten, tree_leaves(obs), strict=True)], dim=1)
-            obs = flat @ self.projection > 0
+            # By key: an environment may give them in another order than its space.
+            flat = tree_map(lambda i, leaf: self.flatten[i](leaf), self._numbers, obs)
+            obs = torch.cat(tree_leaves(flat), dim=1) @ self.projection > 0
         return hash_tensors(obs)
 
     def get_extra_state(self) -> Tensor:

@@ -152,5 +152,5 @@ class DEIR(Bonus):
 
 def _differ(a: Tree, b: Tree) -> Tensor:
     """(n,) bool: whether two batches of observations differ in anything."""
-    leaves = zip(tree_leaves(a), tree_leaves(b), strict=True)
-    return torch.stack([(x != y).reshape(len(x), -1).any(dim=1) for x, y in leaves]).any(dim=0)
+    differ = tree_map(lambda x, y: (x != y).reshape(len(x), -1).any(dim=1), a, b)
+    return torch.stack(tree_leaves(differ)).any(dim=0)

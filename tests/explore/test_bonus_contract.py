@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,29 @@ def test_state_survives_the_disk_without_pickle(name: str, kind: str, tmp_path: 
         each.watch(transition)
         rewards.append(each.reward(transition))
     assert torch.equal(*rewards)
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in BONUSES), ("count", {"simhash": 16})])
+def test_the_order_of_keys_does_not_matter(name: str, options: dict[str, Any]) -> None:
+    """An environment may give them in another order than its space, as envpool's MiniGrid does."""
+
+    def paid(turn: bool) -> torch.Tensor:
+        bonus, found = build(name, SPACES["dict"], **options), []
+        for k in range(3):
+            step = shown(bonus, 10 + k, 11 + k, first=k == 0)
+            if turn:
+                step = dataclasses.replace(step, obs=_turned(step.obs), next_obs=_turned(step.next_obs))
+            bonus.watch(step)
+            found.append(bonus.reward(step))
+            if bonus.learns:
+                found.append(bonus(step.as_batch())[0].detach()[None])
+        return torch.cat(found)
+
+    assert torch.equal(paid(turn=True), paid(turn=False))
+
+
+def _turned(tree: Any) -> Any:
+    return {key: _turned(tree[key]) for key in reversed(tree)} if isinstance(tree, dict) else tree
 
 
 @each_bonus

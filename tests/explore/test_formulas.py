@@ -237,6 +237,18 @@ def test_cbet_counts_observations_and_changes() -> None:
         assert paid.tolist() == pytest.approx(expected)
 
 
+def test_cbet_takes_bits() -> None:
+    space = spaces.Box(0, 1, (3,), bool)
+    bonus = make_explorer("cbet:reset_probability=0", space, spaces.Discrete(2), 1)
+    assert isinstance(bonus, Bonus)
+    now, then = torch.tensor([[True, False, True]]), torch.tensor([[True, True, False]])
+    no = torch.zeros(1, dtype=torch.bool)
+    step = Transition(now, torch.zeros(1, dtype=torch.int64), then, no, no, no)
+    for times in (1, 2):
+        bonus.watch(step)
+        assert bonus.reward(step).item() == 1 / (2 * times)
+
+
 def test_cbet_begins_to_count_anew_as_often_as_stated() -> None:
     bonus = make("cbet:reset_probability=0.01")
     resets = {"visits": 0, "changes": 0}
