@@ -333,7 +333,8 @@ class DatasetWriter:
         flush_every: Rows after which to commit.
 
     Raises:
-        DatasetError: The folder holds another kind of dataset, or files that are no dataset at all.
+        DatasetError: The folder holds another kind of dataset, or files that are no dataset at all; or what is to be
+            written down is no JSON.
         SpaceError: A space that cannot be stored.
         RunError: Another process is writing there.
     """
@@ -369,7 +370,11 @@ class DatasetWriter:
             "factors": self._factors,
             "writers": [],
         }
-        self._meta = json.loads(json.dumps(meta))
+        try:
+            self._meta = json.loads(json.dumps(meta, allow_nan=False))
+            json.dumps(collector, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise DatasetError(f"env_spec and collector are recorded, so they must be plain values: {error}") from error
 
         self._episodes = self._committed_rows = 0
         resume = self._occupied() and not overwrite

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import resource
 import shutil
@@ -645,6 +646,14 @@ def test_another_kind_of_dataset_is_not_appended_to(options: dict[str, Any], mes
     DatasetWriter(path, **settings, overwrite=True).close()
     with pytest.raises(DatasetError, match="empty"):
         Dataset(path)
+
+
+def test_what_cannot_be_written_down_is_refused_before_anything_is_thrown_away(tmp_path: Path) -> None:
+    path = write_counted(tmp_path / "data", [3])
+    for collector in ({"activation": int}, {"rate": math.inf}):
+        with pytest.raises(DatasetError, match="plain values"):
+            DatasetWriter(path, COUNTED, FIVE, collector=collector, overwrite=True)
+    assert Dataset(path).n_episodes == 1
 
 
 def test_a_foreign_folder_is_never_touched(tmp_path: Path) -> None:
