@@ -142,9 +142,9 @@ class Recorder(VecEnvWrapper):
         """How often the explorer has learnt so far; recorded with the episodes."""
         self.steps = 0
         """Steps taken since this was made, all environments together."""
-        row = sum(leaf.nbytes for leaf in tree_leaves(spaces.zeros(venv.observation_space, (venv.num_envs,))))
-        self.longest = max(self.CAPACITY, memory // row)
-        """Steps after which an episode is cut."""
+        self.longest = self.CAPACITY
+        """Steps after which an episode is cut; more where memory allows, which is known after the first reset."""
+        self._memory = memory
         self._lanes: _Lanes | None = None
         self._capacity = self.CAPACITY
         self._length = np.zeros(venv.num_envs, np.int64)
@@ -161,6 +161,9 @@ class Recorder(VecEnvWrapper):
         factors = ground_truth(self.venv)
         if self._lanes is None:
             self._lanes = self._new_lanes({name: values.dtype for name, values in factors.items()})
+            lanes = [getattr(self._lanes, field.name) for field in dataclasses.fields(_Lanes)]
+            row = sum(leaf.nbytes for tree in lanes for leaf in tree_leaves(tree)) // self._capacity
+            self.longest = max(self.CAPACITY, self._memory // row)
         self._put(obs, factors)
         self._make_room()
         return obs
@@ -202,11 +205,10 @@ class Recorder(VecEnvWrapper):
         self._rows = rows = self._starts() + self._length
 
         def put(lanes: np.ndarray, values: np.ndarray) -> None:
-            lanes[rows] = values
+            lanes[rows] = _fitting(values, lanes.dtype)
 
         tree_map(put, self._lanes.obs, obs)
-        for name, lanes in self._lanes.factors.items():
-            lanes[rows] = factors[name]
+        tree_map(put, self._lanes.factors, factors)
 
     def _cut(self, i: int) -> None:
         """Records what environment `i` did until now as an episode; it goes on with another."""
@@ -238,7 +240,7 @@ class Recorder(VecEnvWrapper):
         start, length = i * self._capacity, int(self._length[i])
 
         def close(lanes: np.ndarray, value: Any) -> np.ndarray:
-            lanes[start + length] = value
+            lanes[start + length] = _fitting(value, lanes.dtype)
             return lanes[start : start + length + 1]
 
         self.sink.add(
@@ -276,6 +278,17 @@ class Recorder(VecEnvWrapper):
 
         for field in dataclasses.fields(_Lanes):
             tree_map(move, getattr(self._lanes, field.name), getattr(old, field.name))
+
+
+def _fitting(values: Any, dtype: np.dtype) -> np.ndarray:
+    """Returns what an environment gave, where it can be kept as `dtype`: fractions cannot be kept as integers."""
+    values = np.asarray(values)
+    if values.dtype != dtype and not np.can_cast(values.dtype, dtype, "same_kind"):
+        raise SpaceError(
+            f"an environment gave {values.dtype} where {dtype} was expected, by its observation space or, of a factor, "
+            "by what it gave first; convert it there"
+        )
+    return values
 
 
 def ground_truth(
@@ -459,6 +472,8 @@ def _segments(
     terminated, truncated = stacked("terminated"), stacked("truncated")
     t_end, n = terminated.shape
     done = terminated | truncated
+    # Where the environments were reset, an episode was left without having ended.
+    done[:-1] |= first[1:]
     for _ in range(epochs):
         order = torch.from_numpy(rng.permutation(t_end * n))
         for chosen in order.split(batch_size):
@@ -692,6 +707,12 @@ def _collect(
         "algorithm": algorithm,
         "settings": dict(settings or {}),
     }
+    try:
+        json.dumps(asked, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"what is collected with is recorded with the data, so it must be plain values: {error}"
+        ) from error
     done = 0 if overwrite else _committed(out, asked)
     if done >= steps:
         if follow is None:
@@ -802,12 +823,13 @@ def _try_out(call: Mapping[str, Any]) -> None:
 
 def _throw_away(out: Path) -> None:
     """Empties a folder that holds a dataset, of one worker or several; one of anything else is an error."""
-    left = sorted(path.name for path in out.iterdir() if path.name[0] != ".") if out.exists() else []
-    if left and not {META, PARTS} & set(left):
-        raise DatasetError(f"{out} holds files that are no dataset ({left[0]}, ...); choose another folder")
-    # What says that it is ours goes last, and what says that there is something to read first.
-    for name in sorted(left, key=lambda name: (name in (META, PARTS), name != COMMIT)):
-        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+    with runs.lock(out):
+        left = sorted(path.name for path in out.iterdir() if path.name[0] != ".")
+        if left and not {META, PARTS} & set(left):
+            raise DatasetError(f"{out} holds files that are no dataset ({left[0]}, ...); choose another folder")
+        # What says that it is ours goes last, and what says that there is something to read first.
+        for name in sorted(left, key=lambda name: (name in (META, PARTS), name != COMMIT)):
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
 
 
 def _side_by_side(call: dict[str, Any], out: Path, n_workers: int, ray: str | None) -> Dataset:
@@ -874,7 +896,9 @@ def _collect_share(job: Mapping[str, Any], send: Send) -> Coverage:
     data, coverage = _collect(**job, follow=send)
     if coverage is None:
         coverage = Coverage()
-        coverage.add(*data)
+        # One at a time: all together may not fit memory.
+        for episode in data:
+            coverage.add(episode)
     return coverage
 
 
@@ -1055,6 +1079,7 @@ class _Session:
         """Called after every step of the environments; returns whether there is one more to take."""
         self._bar.update(self.recorder.num_envs)
         if self._interrupted.is_set():
+            self.recorder.finish()
             raise KeyboardInterrupt
         if self.before + self.recorder.steps >= self.steps:
             return False

@@ -163,6 +163,31 @@ def test_an_episode_that_outgrows_memory_is_cut_and_memory_stays_bounded() -> No
     assert space.shape == (2,)
 
 
+def test_ground_truth_counts_towards_memory() -> None:
+    env = Recorder(clocks(2), Kept(), memory=100_000)
+    env.reset()
+    # Of each of two environments: 3 float32 observed, an action, a reward, and factors of 8 and 4 bytes.
+    assert env.longest == 100_000 // (2 * (12 + 8 + 4 + 8 + 4))
+
+
+def test_fractions_are_not_kept_as_integers() -> None:
+    class Halves(Clock):
+        def _info(self) -> dict[str, Any]:
+            return {"factors": {"half": self.t / 2 if self.t else 0}}
+
+    class Floats(Clock):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.observation_space = spaces.Box(0, 255, (3,), np.uint8)
+
+    for env in (Halves(2), Floats()):
+        recorder = Recorder(DummyVecEnv([lambda env=env: env]), Kept())
+        recorder.reset()
+        env.length = 1
+        with pytest.raises(SpaceError, match=r"float\d\d where \w*int\d+ was expected"):
+            recorder.step(np.zeros(1, int))
+
+
 def test_nothing_that_passes_through_changes() -> None:
     bare, recorder = clocks(3, as_dict=True), Recorder(clocks(3, as_dict=True), Kept())
     assert_equal(recorder.reset(), bare.reset())
@@ -338,6 +363,16 @@ def test_segments_hold_what_happened_and_stop_at_the_end() -> None:
             assert not batch.terminated[b, n:].any()
             assert not batch.first[b, n:].any()
     assert len(found) == 16 * 3, "every transition is the first of one segment"
+
+
+def test_segments_stop_where_the_environments_were_reset() -> None:
+    env = spied(2)
+    for _ in range(2):
+        env.reset()
+        for _ in range(5):
+            env.step(np.zeros(2, int))
+    for batch in _segments(env.bonus.seen, 4, batch_size=30, epochs=1, rng=np.random.default_rng(0)):
+        assert (batch.obs[:, :, 1] == batch.obs[:, :1, 1]).all(), "one episode each"
 
 
 @pytest.mark.parametrize("name", [n for n, cls in explorers.items() if issubclass(cls, Bonus)])
@@ -517,6 +552,7 @@ def test_a_dataset_of_another_origin_and_a_foreign_folder_are_not_touched(tmp_pa
         ({"seed": -1}, ValueError, "seed"),
         ({"n_envs": 0}, ValueError, "n_envs"),
         ({"checkpoint_every": 0}, ValueError, "checkpoint_every"),
+        ({"explorer": "count", "settings": {"learning_rate": lambda left: left}}, ValueError, "plain values"),
     ],
 )
 def test_mistakes_are_found_before_the_folder_is_touched(
@@ -545,13 +581,13 @@ class Interrupts(VecEnvWrapper):
 
 
 @pytest.mark.parametrize("explorer", ["random", "count"])
-def test_ctrl_c_keeps_what_is_complete_and_the_same_call_goes_on(explorer: str, tmp_path: Path, capsys: Any) -> None:
+def test_ctrl_c_keeps_every_step_and_the_same_call_goes_on(explorer: str, tmp_path: Path, capsys: Any) -> None:
     options: dict[str, Any] = {"out": tmp_path / "data", "explorer": explorer, "steps": 600}
     options["settings"] = settings(explorer)
     with pytest.raises(KeyboardInterrupt):
         collect(Interrupts(make_vec_env(GRID, 4, 0), at=100), **options)
     kept = Dataset(tmp_path / "data")
-    assert 200 < kept.n_transitions <= 400
+    assert kept.n_transitions == 400, "what was running is cut, not lost"
     assert f"stopped with {kept.n_transitions} steps on disk; the same command goes on" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     done = collect(make_vec_env(GRID, 4, 0), **options)

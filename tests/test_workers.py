@@ -15,7 +15,7 @@ import rlrep
 from rlrep import cli
 from rlrep.dataset import PARTS, Dataset, verify
 from rlrep.evaluate.coverage import Coverage
-from rlrep.runs import read_json
+from rlrep.runs import lock, read_json
 from rlrep.types import DatasetError, RunError
 
 SPEC = "rlrep/TinyGrid-v0:size=5,max_steps=20"
@@ -63,6 +63,13 @@ def test_two_workers_make_one_dataset(tmp_path: Path, capsys: pytest.CaptureFixt
     assert Dataset(out).digest == more.digest
     assert rlrep.collect(SPEC, out=out, steps=20, overwrite=True, **SMALL).paths == [out]
     assert not (out / PARTS).exists()
+
+
+def test_what_another_process_is_writing_is_not_thrown_away(tmp_path: Path) -> None:
+    rlrep.collect(SPEC, out=tmp_path, steps=40, **SMALL)
+    with lock(tmp_path), pytest.raises(RunError, match="another process"):
+        rlrep.collect(SPEC, out=tmp_path, steps=40, n_workers=2, overwrite=True, **SMALL)
+    assert Dataset(tmp_path).n_transitions == 40
 
 
 @pytest.mark.parametrize(
