@@ -96,6 +96,16 @@ def test_tables_are_what_is_registered() -> None:
         assert written == tables(), "run RLREP_WRITE_README=1 pytest tests/test_readme.py"
 
 
+def test_speed_is_what_was_measured() -> None:
+    start, end = "<!-- speed: written by tests/test_readme.py -->\n", "<!-- end of speed -->"
+    written = README.split(start)[1].split(end)[0]
+    measured = f"\n{(ROOT / 'runs/speed/results.md').read_text()}\n"
+    if os.environ.get("RLREP_WRITE_README"):
+        (ROOT / "README.md").write_text(README.replace(start + written + end, start + measured + end))
+    else:
+        assert written == measured, "run RLREP_WRITE_README=1 pytest tests/test_readme.py -k speed"
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

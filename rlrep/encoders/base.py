@@ -24,6 +24,7 @@ from rlrep.storage import Url, locate
 from rlrep.types import RunError, SpaceError, Tree, tree_map
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HUB = "hf://"
 
 AUTO: dict[spaces.Kind, str] = {
     "picture": "nature",
@@ -224,15 +225,18 @@ def from_config(config: Mapping[str, Any], weights: bytes | None = None) -> Enco
 
 
 def load_encoder(encoder: str | Path | Url | Encoder) -> Encoder:
-    """Returns an encoder from its folder, a URL such as `s3://bucket/encoder`, a Hugging Face repository, or as it is.
+    """Returns an encoder from its folder, a URL such as `s3://bucket/encoder`, or as it is.
 
-    A run folder of `rlrep pretrain` is accepted as well as the encoder folder in it.
+    A run folder of `rlrep pretrain` is accepted as well as the encoder folder in it; `hf://user/name` is a repository
+    on the Hugging Face hub.
 
     Raises:
         RunError: There is no encoder there, or its files are damaged.
     """
     if isinstance(encoder, Encoder):
         return encoder
+    if str(encoder).startswith(HUB):
+        return _from_hub(str(encoder).removeprefix(HUB))
     path = locate(encoder)
     if isinstance(path, Url):
         return _download(path)
@@ -244,11 +248,17 @@ def load_encoder(encoder: str | Path | Url | Encoder) -> Encoder:
     if path.exists():
         unfinished = " It holds a pre-training run that has not finished." if (path / runs.RECORD).exists() else ""
         raise RunError(f"there is no encoder in {path}: it has no {CONFIG}.{unfinished}")
+    raise RunError(
+        f"there is no encoder at {str(encoder)!r}: no such folder. One on the Hugging Face hub is named {HUB}user/name."
+    )
+
+
+def _from_hub(repository: str) -> Encoder:
     try:
-        return Encoder.from_pretrained(str(encoder))
+        return Encoder.from_pretrained(repository)
     except Exception as error:
         # Anything from a malformed name to no network: for the user it is one thing, a name that leads nowhere.
-        raise RunError(f"there is no encoder at {str(encoder)!r}: no such folder, and no such repository") from error
+        raise RunError(f"there is no encoder at {HUB}{repository}: {str(error).splitlines()[0]}") from error
 
 
 def _download(url: Url) -> Encoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from ratios import Row, compare, repeat
 from rlrep_envs import make_vec_env
 from sampling import make_data
 from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import VecEnv
 
 import rlrep
 from rlrep.dataset import Dataset
@@ -22,6 +24,8 @@ from rlrep.pretrain import bfloat16_pays
 SPEC = "MiniGrid-DoorKey-6x6-v0:obs=rgb"
 N_ENVS = 16
 UPDATES = 10
+SETTINGS: dict[str, Any] = {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "device": "cpu"}
+"""Of every PPO."""
 
 
 class Trainer:
@@ -70,19 +74,25 @@ def channels_first(data: Dataset) -> Callable[[], None]:
     return trainer.on_one()
 
 
+def env() -> VecEnv:
+    """Environments that show pictures."""
+    return make_vec_env(SPEC, N_ENVS, factors=False)
+
+
+def latent_env() -> VecEnv:
+    """The same, showing an encoder's features."""
+    plain = env()
+    return rlrep.LatentVecEnv(plain, rlrep.make_encoder("auto", plain.observation_space))
+
+
 def policies() -> dict[str, Any]:
     """PPO on frozen features, and what it is measured against."""
-    settings: dict[str, Any] = {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "device": "cpu"}
-    encoder = rlrep.make_encoder("auto", make_vec_env(SPEC).observation_space)
-
-    def env() -> Any:
-        return make_vec_env(SPEC, N_ENVS, factors=False)
-
+    encoder = rlrep.make_encoder("auto", env().observation_space)
     kwargs = rlrep.policy_kwargs(encoder, "ppo", mode="scratch")
     return {
-        "frozen": PPO("MlpPolicy", rlrep.LatentVecEnv(env(), encoder), **settings),
-        "SB3's CnnPolicy end to end": PPO("CnnPolicy", env(), **settings),
-        "the same encoder end to end": PPO("MlpPolicy", env(), policy_kwargs=kwargs, **settings),
+        "frozen": PPO("MlpPolicy", latent_env(), **SETTINGS),
+        "SB3's CnnPolicy end to end": PPO("CnnPolicy", env(), **SETTINGS),
+        "the same encoder end to end": PPO("MlpPolicy", env(), policy_kwargs=kwargs, **SETTINGS),
     }
 
 
@@ -111,3 +121,9 @@ def rows(folder: Path) -> Iterator[Row]:
             lambda: frozen.learn(4096),
             lambda model=model: model.learn(4096),
         )
+    if importlib.util.find_spec("sb3_contrib"):
+        from sb3_contrib import RecurrentPPO
+
+        recurrent = RecurrentPPO("MlpLstmPolicy", latent_env(), **SETTINGS)
+        what = "PPO on frozen features, against RecurrentPPO on the same features"
+        yield compare(what, "", lambda: frozen.learn(4096), lambda: recurrent.learn(4096), rounds=3)

@@ -353,3 +353,15 @@ def test_observations_of_another_shape_are_refused(shape: tuple[int, ...]) -> No
 
 def test_half_precision_has_a_digest_too() -> None:
     assert build("grid", BOARD).bfloat16().digest() != build("grid", BOARD).digest()
+
+
+def test_a_path_is_never_taken_for_a_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for a mistyped folder on the hub would take half a minute where there is no network."""
+    asked: list[str] = []
+    monkeypatch.setattr(Encoder, "from_pretrained", lambda name: asked.append(name) or 1 / 0)
+    with pytest.raises(RunError, match="'runs/encodr': no such folder"):
+        load_encoder("runs/encodr")
+    assert not asked
+    with pytest.raises(RunError, match="hf://user/name"):
+        load_encoder("hf://user/name")
+    assert asked == ["user/name"]
