@@ -633,7 +633,8 @@ def collect(
         until: Stop before `steps` once coverage reaches this, `states=5000` or `observations=20000`; looked at every
             `checkpoint_every` steps.
         device: Where policy and bonus compute; `auto` is a GPU if there is one.
-        checkpoint_every: Steps between commits to disk, checkpoints of the explorer and rows of coverage.
+        checkpoint_every: Steps between commits to disk, checkpoints of the explorer and rows of coverage. An episode is
+            committed after it has ended.
         n_workers: Processes, a core each, that explore side by side with explorers, environments and seeds of their
             own. Each writes `out/worker-I`, and `out` is read as one dataset. One that dies is started again, and goes
             on from what it had committed.

@@ -288,7 +288,10 @@ class _Column:
         return start, rows
 
     def give_back(self) -> None:
-        """The rows that were taken last are written: their memory is used again, since fresh memory is slow to fill."""
+        """The rows that were taken last are written: their memory is used again, since fresh memory is slow to fill.
+
+        tensorstore was told that it may refer to them for ever; it does not, as shards are written whole and uncached.
+        """
         self._spare, self._lent = self._lent, self._lent[:0]
 
     def _renew(self, capacity: int, rows: np.ndarray) -> None:
