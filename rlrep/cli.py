@@ -28,7 +28,8 @@ from rlrep.objectives import objectives
 from rlrep.pretrain import pretrain
 from rlrep.recipe import Collect, Finetune, Pretrain, Probe, Recipe, load_recipe, on_ray, run, sweep
 from rlrep.sb3 import PAPERS, algorithms
-from rlrep.settings import read_value
+from rlrep.settings import SettingsError, read_value
+from rlrep.storage import check_local
 from rlrep.types import RlrepError
 
 Flat = arg(name="")
@@ -98,10 +99,10 @@ class ProbeCommand:
     untrained encoder. With --require it is a gate: the exit status is 1 unless every requirement is met.
     """
 
-    encoder: Positional[Path]
-    """Folder of an encoder, or of the run that trained it."""
-    data: Positional[tuple[Path, ...]]
-    """Dataset folders with factors; several are read as one."""
+    encoder: Positional[str]
+    """Folder or URL of an encoder, or of the run that trained it."""
+    data: Positional[tuple[str, ...]]
+    """Dataset folders with factors, or their URLs; several are read as one."""
     settings: Annotated[Probe, Flat]
     require: tuple[str, ...] = ()
     """Such as 'agent_x>0.8' (the linear probe), 'agent_x.knn>random', 'effective_rank>20'."""
@@ -234,16 +235,17 @@ class DataInfo:
 class DataCoverage:
     """Show what datasets cover, side by side: observations, states, actions, lengths, places."""
 
-    data: Positional[tuple[Path, ...]]
-    """Dataset folders, a row each."""
+    data: Positional[tuple[str, ...]]
+    """Dataset folders or URLs, a row each."""
     out: Path | None = None
-    """Where the picture goes; explorer/coverage.png in the first folder unless given."""
+    """Where the picture goes; explorer/coverage.png in the first folder unless given, which then is no URL."""
 
     def __call__(self) -> None:
         """Prints the table, and draws the picture."""
+        out = self.out or Path(self.data[0]) / "explorer" / "coverage.png"
+        check_local(out)
         found = exploration.explored(self.data)
-        Console(width=None if sys.stdout.isatty() else 160).print(exploration.table(found))
-        out = self.out or self.data[0] / "explorer" / "coverage.png"
+        _console().print(exploration.table(found))
         out.parent.mkdir(parents=True, exist_ok=True)
         figure = exploration.draw(found)
         runs.write_atomically(out, lambda path: figure.savefig(path, format="png", dpi=120))
@@ -269,10 +271,12 @@ class DataMerge:
 
     data: Positional[tuple[str, ...]]
     out: Path
+    overwrite: bool = False
+    """Throw away the dataset that is there."""
 
     def __call__(self) -> None:
         """Merges."""
-        interop.merge(self.data, self.out)
+        interop.merge(self.data, self.out, overwrite=self.overwrite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,10 +287,12 @@ class DataExport:
     out: str
     """A Minari id such as minigrid/doorkey-v0, or a .npz file."""
     format: Literal["minari", "npz"] = "minari"
+    overwrite: bool = False
+    """Replace what is there."""
 
     def __call__(self) -> None:
         """Exports."""
-        interop.export(Dataset(self.data), self.out, format=self.format)
+        interop.export(Dataset(self.data), self.out, format=self.format, overwrite=self.overwrite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,10 +303,12 @@ class DataImport:
     """A Minari id or folder, a .npz file, or a replay buffer's .pkl."""
     out: Path
     format: Literal["minari", "npz", "sb3"] = "minari"
+    overwrite: bool = False
+    """Throw away the dataset that is there."""
 
     def __call__(self) -> None:
         """Imports."""
-        interop.import_(self.source, self.out, format=self.format)
+        interop.import_(self.source, self.out, format=self.format, overwrite=self.overwrite)
 
 
 Data = Union[  # noqa: UP007 (tyro reads the members' annotations)
@@ -327,7 +335,10 @@ class DataCommand:
 def _commands(args: Sequence[str]) -> Any:
     """Returns the type of the whole command line; a recipe that is named there supplies the defaults of `run`."""
     run_command: Any = RunCommand
-    if len(args) > 1 and args[0] == "run" and not args[1].startswith("-"):
+    if args[:1] == ["run"] and not {"-h", "--help"} & set(args[1:2]):
+        if not args[1:] or args[1].startswith("-"):
+            # Its settings are the defaults of those that follow.
+            raise SettingsError("name the recipe first: rlrep run RECIPE, then what is to be different")
         path = Path(args[1])
         run_command = Annotated[RunCommand, subcommand("run", default=RunCommand(path, load_recipe(path)))]
     else:
@@ -356,7 +367,7 @@ def main(args: Sequence[str] | None = None) -> int:
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )
         return command() or 0
-    except (RlrepError, ValueError, ImportError) as error:
+    except (RlrepError, ValueError, ImportError, OSError) as error:
         print(f"rlrep: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -36,17 +36,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlrep import runs, spaces
-from rlrep.dataset import COMMIT, FORMAT_VERSION, META, PARTS, Dataset, DatasetWriter
+from rlrep.dataset import COMMIT, FORMAT_VERSION, META, PARTS, Dataset, DatasetWriter, check_ours
+from rlrep.distributed import local_device
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.coverage import Coverage
 from rlrep.explore import Actor, Bonus, Mixture, ReturnNormaliser, make_explorer
 from rlrep.explore.base import beside, sample_actions
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.registry import nearest
-from rlrep.sb3 import LatentVecEnv, get_algorithm, policy_kwargs
+from rlrep.sb3 import LatentVecEnv, check_settings, get_algorithm, policy_kwargs
 from rlrep.types import (
     Batch,
-    DatasetError,
     Episode,
     RlrepError,
     RunError,
@@ -659,7 +659,7 @@ def collect(
     _check_layout(Path(out), n_workers, overwrite)
     if n_workers > 1 or ray is not None:
         return _side_by_side(call, Path(out), n_workers, ray)
-    if overwrite and (Path(out) / PARTS).exists():
+    if overwrite and check_ours(Path(out)):
         _try_out(call)
         _throw_away(Path(out))
     return _collect(**call)[0]
@@ -693,7 +693,7 @@ def _collect(
             raise ValueError(f"{name} must be at least 1, not {value}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, and it is {seed}")
-    out = Path(out)
+    out, device = Path(out), str(local_device(device))
     goal = _goal(until)
     frozen = load_encoder(features) if features is not None else None
     spec = None if isinstance(env, VecEnv) else EnvSpec.parse(env)
@@ -769,8 +769,6 @@ def _collect(
         recorder = session.recorder = Recorder(venv, session, seed=first_seed)
         top: VecEnv = FrameStack(recorder, n_stack) if n_stack > 1 else recorder
         rng = np.random.default_rng(chance)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         if frozen is not None and (bonus is None or bonus.scores_features):
             top = LatentVecEnv(top, frozen, device=device)
         if isinstance(built, Mixture) and bonus is not None:
@@ -801,7 +799,8 @@ def _collect(
 
 
 def _check_layout(out: Path, n_workers: int, overwrite: bool) -> None:
-    """Checks that `out` holds nothing that another number of workers wrote."""
+    """Checks that `out` holds nothing but a dataset, and, unless that is to go, one of as many workers."""
+    check_ours(out)
     if overwrite:
         return
     found = n_workers
@@ -825,9 +824,7 @@ def _try_out(call: Mapping[str, Any]) -> None:
 def _throw_away(out: Path) -> None:
     """Empties a folder that holds a dataset, of one worker or several; one of anything else is an error."""
     with runs.lock(out):
-        left = sorted(path.name for path in out.iterdir() if path.name[0] != ".")
-        if left and not {META, PARTS} & set(left):
-            raise DatasetError(f"{out} holds files that are no dataset ({left[0]}, ...); choose another folder")
+        left = check_ours(out)
         # What says that it is ours goes last, and what says that there is something to read first.
         for name in sorted(left, key=lambda name: (name in (META, PARTS), name != COMMIT)):
             shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
@@ -936,19 +933,14 @@ def _settings(
     cls, name = get_algorithm(algorithm), algorithm.lower()
     if settings and bonus is None:
         raise ValueError(f"explorer {explorer.name!r} learns nothing, and `settings` are for the policy that does")
-    parameters = inspect.signature(cls).parameters
-    valid = [each for each in parameters if each not in ("policy", "env", "seed", "device")]
-    for each in settings or {}:
-        if each not in valid:
-            raise ValueError(
-                f"{cls.__name__} has no setting {each!r}.{nearest(each, valid)} Its settings: {', '.join(valid)}."
-            )
+    check_settings(cls, settings or {})
     off_policy = issubclass(cls, OffPolicyAlgorithm)
     suitable = Discrete if name in ("dqn", "qrdqn") else Box
     if bonus is not None and off_policy and not isinstance(action_space, suitable):
         raise SpaceError(f"{cls.__name__} takes {suitable.__name__} actions, and these are {action_space}; use PPO")
     default = SETTINGS.get(name, OFF_POLICY_SETTINGS if off_policy else {})
-    return {"gamma": parameters["gamma"].default} | default | dict(settings or {})
+    gamma = inspect.signature(cls).parameters["gamma"].default
+    return {"gamma": gamma} | default | dict(settings or {})
 
 
 def _roll_out(algorithm: str, settings: Mapping[str, Any]) -> int:
@@ -997,14 +989,17 @@ def _learn(
     extra = dict(settings.pop("policy_kwargs", {}))
     cls = get_algorithm(algorithm)
     head = "MultiInput" if spaces.kind(env.observation_space) == "dict" else "Mlp"
-    model = cls(
-        f"{head}LstmPolicy" if algorithm.lower() == "recurrentppo" else f"{head}Policy",
-        env,
-        policy_kwargs=policy_kwargs(network, algorithm, mode="scratch", **extra),
-        seed=seed,
-        device=rewarded.device,
-        **settings,
-    )
+    try:
+        model = cls(
+            f"{head}LstmPolicy" if algorithm.lower() == "recurrentppo" else f"{head}Policy",
+            env,
+            policy_kwargs=policy_kwargs(network, algorithm, mode="scratch", **extra),
+            seed=seed,
+            device=rewarded.device,
+            **settings,
+        )
+    except (AssertionError, TypeError) as error:
+        raise ValueError(f"{cls.__name__} cannot be made with {settings}: {error}") from error
     masks, options = _masks(algorithm, env)
     rng = np.random.default_rng([seed, 1])
     if not session.restore(rewarded, model):

@@ -184,6 +184,25 @@ def parts_of(place: str | Path | Url) -> list[Path | Url]:
     return written
 
 
+def check_ours(folder: Path) -> list[str]:
+    """Returns the names of what a folder holds, sorted, which must be a dataset, of one worker or several, or nothing.
+
+    Raises:
+        DatasetError: It holds anything else.
+        RunError: What says that it is a dataset cannot be read.
+    """
+    files = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    # Other programs have a meta.json too: the name alone does not make a folder ours to empty.
+    for name, key in ((META, "writers"), (PARTS, "parts")):
+        if name in files:
+            found = read_json(folder / name)
+            if isinstance(found, dict) and {"format_version", key} <= found.keys():
+                return files
+    if files:
+        raise DatasetError(f"{folder} holds files that are no dataset ({files[0]}, ...); choose another folder")
+    return []
+
+
 def _read_meta(path: Path | Url) -> dict[str, Any]:
     """Reads and checks `meta.json`."""
     with _store_errors():
@@ -399,9 +418,9 @@ class DatasetWriter:
         """Whether a dataset is there; a folder of anything else is never touched, whatever was asked."""
         if self.path.exists() and not self.path.is_dir():
             raise DatasetError(f"{self.path} is a file; a dataset is a folder")
-        files = sorted(p.name for p in self.path.iterdir() if p.name[0] != ".") if self.path.exists() else []
+        files = check_ours(self.path)
         if files and META not in files:
-            raise DatasetError(f"{self.path} holds files that are no dataset ({files[0]}, ...); choose another folder")
+            raise DatasetError(f"{self.path} was written by several workers; choose another folder")
         return bool(files)
 
     def _open(self, collector: Any, resume: bool) -> None:
@@ -715,6 +734,8 @@ def _available_memory() -> int:
 
 def _parse_budget(budget: str | int) -> int:
     """Returns bytes: of `"auto"`, half of the available memory, shared by `torchrun`'s processes; of `"2GB"`, 2e9."""
+    if isinstance(budget, str) and budget.isdecimal():
+        budget = int(budget)
     if isinstance(budget, int) and budget >= 0:
         return budget
     if budget == "auto":

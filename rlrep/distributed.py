@@ -45,10 +45,16 @@ def local_device(name: str) -> torch.device:
     """Returns the device called `name`; `auto` is a GPU if there is one, and each process of a machine takes its own.
 
     Raises:
-        RunError: There are fewer GPUs than processes on this machine.
+        RunError: There is no such device, or there are fewer GPUs than processes on this machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise RunError(f"there is no device called {name!r}; use 'auto', 'cpu' or 'cuda'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RunError(f"the device is to be {name!r}, and PyTorch finds no GPU here; use 'auto' or 'cpu'")
     if name == "cuda" and dist.is_available() and dist.is_torchelastic_launched():
         index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if index >= count:

@@ -23,7 +23,7 @@ from rlrep.augment import Augment
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.registry import nearest
-from rlrep.sb3 import LatentVecEnv, get_algorithm, policy_kwargs
+from rlrep.sb3 import LatentVecEnv, check_settings, get_algorithm, policy_kwargs
 from rlrep.types import RunError
 
 SCORES, FAILURES = "scores.jsonl", "failures.jsonl"
@@ -130,15 +130,24 @@ def finetune(
         SpaceError: The encoder was made for other observations.
         RunError: `out` is taken by something else, or every job failed.
         ClusterError: The Ray cluster cannot be reached.
-        ValueError: Unknown arm or algorithm, a frozen arm without an encoder, or `augment` without pictures.
+        ValueError: Unknown arm, algorithm or setting, a number out of range, a frozen arm without an encoder, or
+            `augment` without pictures.
     """
     spec = EnvSpec.parse(env)
     parsed = [Arm.parse(arm) for arm in arms]
     if len({arm.name for arm in parsed}) < len(parsed) or not parsed:
         raise ValueError(f"arms need names of their own, and there must be one at least: {[a.name for a in parsed]}")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be different, and there must be one at least: {list(seeds)}")
-    get_algorithm(algorithm)
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError(f"seeds must be different, none negative, and there must be one at least: {list(seeds)}")
+    counts = {"steps": steps, "n_envs": n_envs, "eval_every": eval_every, "eval_episodes": eval_episodes}
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, not {count}")
+    cls = get_algorithm(algorithm)
+    for arm in parsed:
+        check_settings(cls, {**(settings or {}), **arm.settings})
+        if not arm.lr_scale > 0:
+            raise ValueError(f"lr_scale={arm.lr_scale} of arm {arm.name!r} is not positive; 'frozen' does not learn")
     pretrained = load_encoder(encoder) if encoder is not None else None
     if needy := [arm.name for arm in parsed if arm.pretrained and pretrained is None]:
         raise ValueError(f"arm {needy[0]!r} needs a pre-trained encoder; pass one, or leave the arm out")

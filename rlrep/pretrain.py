@@ -101,9 +101,15 @@ def pretrain(
         RunError: `out` is taken by something else, the loss is not finite, or processes were started with other
             settings or data than the first.
     """
-    for name, value in {"updates": updates, "batch_size": batch_size, "log_every": log_every}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+    counts = {"updates": updates, "batch_size": batch_size}
+    for name, count in (counts | {"log_every": log_every, "checkpoint_every": checkpoint_every}).items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, not {count}")
+    for name, size in {"learning_rate": learning_rate, "clip": clip}.items():
+        if not 0 < size < math.inf:
+            raise ValueError(f"{name} must be positive and finite, not {size}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must not be negative, nor infinite, and it is {weight_decay}")
     if probe_every < 0 or probe_every % log_every:
         raise ValueError(f"probe_every must be a multiple of log_every={log_every}, or 0, not {probe_every}")
     if not 0 <= held_out < 1:

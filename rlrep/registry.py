@@ -56,10 +56,13 @@ class Registry(Generic[C]):
         kind: What the entries are, in the singular, for messages: `"encoder"`.
         package: The package whose modules register themselves when imported.
         given: Constructor arguments that rlrep passes itself, so that a spec may not.
+        bases: What a class named by its import path is derived from; nothing else is built. A saved encoder names its
+            class, and must not be able to name `subprocess:Popen`.
     """
 
-    def __init__(self, kind: str, package: str, given: Iterable[str] = ()) -> None:
+    def __init__(self, kind: str, package: str, given: Iterable[str] = (), bases: tuple[type, ...] = (object,)) -> None:
         self.kind = kind
+        self._bases = bases
         self._package = package
         self._given = {"self", *given}
         self._entries: dict[str, C] = {}
@@ -115,6 +118,9 @@ class Registry(Generic[C]):
             raise SpecError(f"{self.kind} {name!r} cannot be imported: {error}") from error
         if not isinstance(found, type):
             raise SpecError(f"{self.kind} {name!r} is not a class, but {found!r}")
+        if not issubclass(found, self._bases):
+            names = " or ".join(base.__name__ for base in self._bases)
+            raise SpecError(f"{self.kind} {name!r} is a class of something else; derive it from {names}")
         # The name is what is saved, and must find the class again in a process that has not imported its module.
         if not found.__module__.startswith(f"{self._package}."):
             found.name = name  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
@@ -141,6 +142,20 @@ def get_algorithm(algorithm: str | type[BaseAlgorithm]) -> type[BaseAlgorithm]:
     raise SpecError(
         f"there is no algorithm called {algorithm!r}.{nearest(name, known)} The algorithms are: {', '.join(known)}."
     )
+
+
+def check_settings(cls: type[BaseAlgorithm], settings: Iterable[str]) -> None:
+    """Checks that an algorithm's constructor has these settings, beside those that rlrep passes itself.
+
+    Raises:
+        ValueError: It has no such setting.
+    """
+    valid = [name for name in inspect.signature(cls).parameters if name not in ("policy", "env", "seed", "device")]
+    for name in settings:
+        if name not in valid:
+            raise ValueError(
+                f"{cls.__name__} has no setting {name!r}.{nearest(str(name), valid)} Its settings: {', '.join(valid)}."
+            )
 
 
 def policy_kwargs(

@@ -62,7 +62,11 @@ def test_data_commands(chain: Path, tmp_path: Path) -> None:
     data = chain / "data"
     assert "600" in rlrep("data", "info", data).stdout
     assert rlrep("data", "verify", data).returncode == 0
-    assert rlrep("data", "merge", data, data, "--out", tmp_path / "twice").returncode == 0
+    for extra in ([], ["--overwrite"]):
+        assert rlrep("data", "merge", data, data, "--out", tmp_path / "twice", *extra).returncode == 0
+    again = rlrep("data", "merge", data, data, "--out", tmp_path / "twice")
+    assert again.returncode == 1
+    assert "exists; choose another folder" in again.stderr
     assert "1200" in rlrep("data", "info", tmp_path / "twice").stdout.replace(",", "")
     assert rlrep("data", "export", data, "--format", "npz", "--out", tmp_path / "all.npz").returncode == 0
     back = rlrep("data", "import", tmp_path / "all.npz", "--format", "npz", "--out", tmp_path / "back")
@@ -130,6 +134,8 @@ def test_help_is_worth_reading(command: str) -> None:
         (["probe", "nowhere", "data"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["run", "nowhere"], "no recipe"),
+        (["run", "--overwrite", "nowhere"], "name the recipe first"),
+        (["run", "--env", SPEC, "nowhere"], "name the recipe first"),
         (["data", "info", "nowhere"], "nowhere"),
     ],
 )
@@ -141,6 +147,11 @@ def test_errors_are_one_line_for_people(args: list[str], message: str, tmp_path:
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "x").exists()
+
+
+def test_what_the_system_refuses_is_one_line_too(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(chain / "finetune"), "--out", str(chain / "data" / "meta.json")]) == 1
+    assert "meta.json" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_no_arguments_shows_help() -> None:

@@ -525,6 +525,16 @@ def test_other_settings_are_an_error_that_names_them_and_overwrite_starts_again(
     assert again.digest == fresh.digest
 
 
+def test_overwriting_with_wrong_settings_keeps_what_is_there(tmp_path: Path) -> None:
+    call: dict[str, Any] = {"out": tmp_path / "data", "steps": 40, "n_envs": 4}
+    before = collect("rlrep/TinyGrid-v0:size=5", **call).digest
+    wrongs: list[dict[str, Any]] = [{"settings": {"batch_size": 1}}, {"device": "gpu"}]
+    for wrong in wrongs:
+        with pytest.raises((ValueError, RunError), match=r"PPO cannot be made with|no device called 'gpu'"):
+            collect("rlrep/TinyGrid-v0:size=5", explorer="count", overwrite=True, **wrong, **call)
+        assert Dataset(tmp_path / "data").digest == before
+
+
 def test_a_dataset_of_another_origin_and_a_foreign_folder_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")

@@ -662,6 +662,13 @@ def test_a_foreign_folder_is_never_touched(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match=r"thesis\.tex"):
             DatasetWriter(tmp_path, COUNTED, FIVE, overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    # Others have a meta.json too.
+    for text in ('{"title": "Thesis"}', '["format_version", "writers"]'):
+        (tmp_path / "meta.json").write_text(text)
+        for overwrite in (False, True):
+            with pytest.raises(DatasetError, match="files that are no dataset"):
+                DatasetWriter(tmp_path, COUNTED, FIVE, overwrite=overwrite)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "thesis.tex"]
     with pytest.raises(DatasetError, match="is a file"):
         DatasetWriter(tmp_path / "thesis.tex", COUNTED, FIVE)
 

@@ -132,6 +132,11 @@ def test_other_algorithms(encoder: Encoder, tmp_path: Path, algorithm: str) -> N
         ({"arms": [{"name": "scratch", "setings": {}}]}, ValueError, "Did you mean 'settings'"),
         ({"arms": ["scratch"], "seeds": ()}, ValueError, "at least"),
         ({"arms": ["scratch"], "algorithm": "pp"}, ValueError, "Did you mean 'ppo'"),
+        ({"settings": {"n_step": 16}}, ValueError, "Did you mean 'n_steps'"),
+        ({"arms": [{"name": "scratch", "settings": {"device": "cpu"}}]}, ValueError, "PPO has no setting 'device'"),
+        ({"arms": [{"name": "scratch", "lr_scale": 0.0}]}, ValueError, "lr_scale=0.0"),
+        ({"seeds": (0, -1)}, ValueError, "none negative"),
+        ({"eval_every": 0}, ValueError, "eval_every must be at least 1"),
         ({"env": "rlrep/TinyGrid-v1"}, ValueError, "TinyGrid"),
     ],
 )

@@ -202,6 +202,11 @@ def test_a_loss_that_is_no_number_stops_with_the_terms(data: Path, tmp_path: Pat
         ({"encoder": "nature"}, ValueError, "use 'grid' or 'auto'"),
         ({"encoder": "gridd"}, SpecError, "Did you mean 'grid'"),
         ({"updates": 0}, ValueError, "updates must be at least 1"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1"),
+        ({"clip": 0}, ValueError, "clip must be positive"),
+        ({"learning_rate": -1e-3}, ValueError, "learning_rate must be positive"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay must not be negative"),
+        ({"device": "gpu"}, RunError, "no device called 'gpu'"),
         ({"held_out": 1.5}, ValueError, "held_out is a fraction"),
     ],
 )

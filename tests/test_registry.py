@@ -262,6 +262,7 @@ def test_a_registered_class_keeps_its_name_when_asked_for_by_path() -> None:
         (".relative:Thing", "cannot be imported"),
         ("a..b:Thing", "cannot be imported"),
         ("made_for_test_foreign.mine:number", r"is not a class, but 3"),
+        ("subprocess:Popen:executable=/bin/sh", "something else; derive it from Encoder"),
         ("made_for_test_foreign.mine:Plain:featuresdim=2", r"no option 'featuresdim'\. Did you mean 'features_dim'\?"),
     ],
 )

@@ -12,7 +12,7 @@ import tensorstore as ts
 import torch
 
 import rlrep
-from rlrep import storage
+from rlrep import cli, storage
 from rlrep.dataset import COMMIT, META, Dataset, verify
 from rlrep.storage import Url
 from rlrep.types import DatasetError, RunError, tree_map
@@ -96,6 +96,14 @@ def test_pretraining_reads_from_there(memory: str, tmp_path: Path) -> None:
     small = {"updates": 4, "batch_size": 8, "encoder": "grid:features_dim=8,width=4"}
     encoder = rlrep.pretrain(f"{memory}/data", out=tmp_path / "run", **small)
     assert encoder.provenance["reward_free_steps"] == 300
+
+
+def test_the_command_line_takes_urls(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = f"file://{folder}"
+    assert cli.main(["probe", f"{there}/run", f"{there}/data", "--n", "64"]) == 0
+    assert cli.main(["data", "coverage", f"{there}/data", "--out", str(tmp_path / "coverage.png")]) == 0
+    assert cli.main(["data", "coverage", f"{there}/data"]) == 1
+    assert "is a URL, and rlrep writes to folders" in capsys.readouterr().err
 
 
 def test_nothing_there(url: str) -> None:

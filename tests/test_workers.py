@@ -15,6 +15,7 @@ import rlrep
 from rlrep import cli
 from rlrep.dataset import PARTS, Dataset, verify
 from rlrep.evaluate.coverage import Coverage
+from rlrep.evaluate.exploration import explored
 from rlrep.runs import lock, read_json
 from rlrep.types import DatasetError, RunError
 
@@ -47,6 +48,8 @@ def test_two_workers_make_one_dataset(tmp_path: Path, capsys: pytest.CaptureFixt
     assert verify(out).ok
     small = {"updates": 2, "batch_size": 8, "encoder": "grid:features_dim=8,width=4"}
     assert rlrep.pretrain(out, out=tmp_path / "run", **small).provenance["reward_free_steps"] == 602
+
+    assert [one.name for one in explored([out])] == ["random"]
 
     # More steps add to it; another number of workers is refused before anything is lost.
     before = episodes(data)
@@ -97,9 +100,21 @@ def test_environments_made_by_the_caller_stay_with_the_caller(tmp_path: Path) ->
 
 def test_a_folder_of_something_else_is_not_emptied(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(DatasetError, match="holds files that are no dataset"):
-        rlrep.collect(SPEC, out=tmp_path, steps=100, n_workers=2, overwrite=True, **SMALL)
-    assert (tmp_path / "thesis.tex").exists()
+    # Nor written into, for what is written there would be taken for ours.
+    for overwrite in (True, False, True):
+        with pytest.raises(DatasetError, match="holds files that are no dataset"):
+            rlrep.collect(SPEC, out=tmp_path, steps=100, n_workers=2, overwrite=overwrite, **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(RunError, match="is a file"):
+        rlrep.collect(SPEC, out=tmp_path / "thesis.tex", steps=100, n_workers=2, overwrite=True, **SMALL)
+
+
+def test_what_another_process_is_writing_is_not_thrown_away(tmp_path: Path) -> None:
+    data = rlrep.collect(SPEC, out=tmp_path / "data", steps=100, **SMALL)
+    with lock(tmp_path / "data"), pytest.raises(RunError, match="another process is writing"):
+        rlrep.collect(SPEC, out=tmp_path / "data", steps=100, n_workers=2, overwrite=True, **SMALL)
+    assert verify(tmp_path / "data").ok
+    assert Dataset(tmp_path / "data").digest == data.digest
 
 
 def kill_a_collector(out: Path, found: dict[str, set[str]]) -> None:

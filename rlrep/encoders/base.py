@@ -175,7 +175,9 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         return encoder.eval()
 
 
-encoders: Registry[type[Encoder]] = Registry("encoder", "rlrep.encoders", given=("observation_space",))
+encoders: Registry[type[Encoder]] = Registry(
+    "encoder", "rlrep.encoders", given=("observation_space",), bases=(Encoder,)
+)
 
 
 def make_encoder(spec: str | Mapping[str, Any] | Encoder, observation_space: Space) -> Encoder:

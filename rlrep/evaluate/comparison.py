@@ -29,7 +29,10 @@ from rlrep.evaluate.stats import (
 from rlrep.types import RunError
 
 BASELINE, CONTROL = "scratch", "random-frozen"
-"""The kinds of arm without a pre-trained encoder: what the others are measured against."""
+"""The kinds of arm that the others are measured against."""
+
+PRETRAINED = ("frozen", "finetune")
+"""The kinds of arm with a pre-trained encoder; `augment`, for one, is another way of training from scratch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,7 @@ class ArmSummary:
     @property
     def pretrained(self) -> bool:
         """Whether it builds on a pre-trained encoder."""
-        return self.kind not in (BASELINE, CONTROL)
+        return self.kind in PRETRAINED
 
     @property
     def seconds(self) -> float:

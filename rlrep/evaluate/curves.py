@@ -17,7 +17,7 @@ from rlrep.evaluate.stats import iqm, stratified_bootstrap
 RESAMPLES = 2_000
 
 COLOURS = {BASELINE: "#444444", CONTROL: "#b8860b"}
-PRETRAINED_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#7b3fa0")
+OTHER_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#7b3fa0")
 
 
 def draw(tasks: Sequence[Task]) -> Figure:
@@ -29,11 +29,11 @@ def draw(tasks: Sequence[Task]) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
-    pretrained = list(dict.fromkeys(arm.name for task in tasks for arm in task.arms if arm.pretrained))
+    others = list(dict.fromkeys(arm.name for task in tasks for arm in task.arms if arm.kind not in COLOURS))
     for ax, task in zip(axes, tasks, strict=False):
         for arm in task.arms:
-            place = pretrained.index(arm.name) if arm.pretrained else 0
-            _draw_arm(ax, arm, COLOURS.get(arm.kind, PRETRAINED_COLOURS[place % len(PRETRAINED_COLOURS)]))
+            place = others.index(arm.name) if arm.kind not in COLOURS else 0
+            _draw_arm(ax, arm, COLOURS.get(arm.kind, OTHER_COLOURS[place % len(OTHER_COLOURS)]))
         _dress(ax, task)
     for ax in axes[n:]:
         ax.set_visible(False)

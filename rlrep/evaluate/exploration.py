@@ -38,28 +38,28 @@ def explored(folders: Sequence[str | Path], points: int = 20) -> list[Explored]:
     """Reads datasets from end to end, and returns what each covers.
 
     Args:
-        folders: One dataset each.
+        folders: One dataset each, its folder or URL.
         points: Rows of each curve.
 
     Raises:
         DatasetError: There is no dataset in one of them.
     """
-    names = [_explorer(Path(folder)) for folder in folders]
+    data = [Dataset(folder) for folder in folders]
+    names = [_explorer(each) or Path(folder).name for each, folder in zip(data, folders, strict=True)]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     found = []
-    for name, folder in zip(names, folders, strict=True):
+    for name, each in zip(names, data, strict=True):
         into = Coverage()
-        curve = coverage(Dataset(folder), points, into)
+        curve = coverage(each, points, into)
         found.append(Explored(name, curve, into.occupancy, dict(into.actions)))
     return found
 
 
-def _explorer(folder: Path) -> str:
-    try:
-        return str(runs.read_json(folder / META)["writers"][-1]["collector"]["explorer"])
-    except (OSError, KeyError, TypeError, IndexError):
-        return folder.name
+def _explorer(data: Dataset) -> str | None:
+    """Returns what collected the data, None if that is not known."""
+    collector = runs.read_json(data.paths[0] / META)["writers"][-1]["collector"]
+    return str(collector["explorer"]) if isinstance(collector, Mapping) and "explorer" in collector else None
 
 
 def table(datasets: Sequence[Explored]) -> Table:

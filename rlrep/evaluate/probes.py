@@ -345,7 +345,9 @@ def _ridge(train: Tensor, targets: Sequence[Tensor], test: Tensor, strengths: Se
     x, y = train - offset, y - mean
     # The smaller of the two equivalent systems.
     primal = dim <= n
-    gram = (x.T @ x if primal else x @ x.T).double()
+    # Sums of thousands of products in single precision need not be positive definite under a small penalty.
+    wide = x.double()
+    gram = wide.T @ wide if primal else wide @ wide.T
     right = (x.T @ y if primal else y).double()
     found = []
     for strength in strengths:

@@ -122,7 +122,7 @@ def beside(space: Space, context: Mapping[str, Space]) -> gym_spaces.Dict:
 
 
 explorers: Registry[type[Actor] | type[Bonus]] = Registry(
-    "explorer", "rlrep.explore", given=("observation_space", "action_space", "n_envs")
+    "explorer", "rlrep.explore", given=("observation_space", "action_space", "n_envs"), bases=(Actor, Bonus)
 )
 
 

@@ -72,7 +72,9 @@ class Objective(nn.Module):
         return torch.where(mask, batch.action, valid.to(batch.action.dtype))
 
 
-objectives: Registry[type[Objective]] = Registry("objective", "rlrep.objectives", given=("encoder", "action_space"))
+objectives: Registry[type[Objective]] = Registry(
+    "objective", "rlrep.objectives", given=("encoder", "action_space"), bases=(Objective,)
+)
 
 
 class Sum(Objective):

@@ -208,3 +208,12 @@ def test_pretraining_can_be_probed_as_it_goes(data: Dataset, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="probe_every must be a multiple of log_every=10"):
         pretrain(data, out=tmp_path / "odd", probe_every=15, **settings)
     assert not (tmp_path / "odd").exists()
+
+
+def test_many_numbers_of_few_different_observations_can_be_probed() -> None:
+    """MiniGrid's pictures: more pixels than rows, and hardly any two rows that differ."""
+    rng = torch.Generator().manual_seed(0)
+    pictures = (torch.rand(40, 147, generator=rng) < 0.3).float().repeat_interleave(64, dim=1) * 255
+    rows, _ = probes._standardised(*[pictures[torch.randint(40, (600,), generator=rng)]] * 2)
+    (found,) = probes._ridge(rows, [rows[:, :2]], rows[:5], [1e-4])
+    torch.testing.assert_close(found[0], rows[:5, :2], rtol=1e-2, atol=1e-2)

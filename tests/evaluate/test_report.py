@@ -171,6 +171,16 @@ def test_an_untrained_encoder_that_does_as_well_is_mentioned(make_run):
     assert "cannot be told apart from the untrained encoder of `random-frozen`" in summary.answer
 
 
+def test_augmentation_alone_is_no_pre_training(make_run):
+    summary = summarise(make_run({"scratch": SCRATCH, "augment": FROZEN, "frozen": SCRATCH}))
+    assert "`augment`" not in summary.answer
+    assert not summary.answer.startswith("Yes")
+    assert arm(summary, "augment").speed_up.point > 1
+    assert arm(summary, "augment").speed_up_charged is None, "it has had no reward-free steps"
+    only = summarise(make_run({"scratch": SCRATCH, "augment": FROZEN}, name="only", encoder=False))
+    assert "no arm with a pre-trained encoder was run" in only.answer
+
+
 def test_the_best_of_several_scratch_arms_is_the_baseline(make_run):
     kinds = {"scratch-slow": "scratch", "scratch-fast": "scratch", "frozen": "frozen"}
     arms = {"scratch-slow": NEVER, "scratch-fast": SCRATCH, "frozen": FROZEN}
