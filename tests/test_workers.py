@@ -68,13 +68,6 @@ def test_two_workers_make_one_dataset(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (out / PARTS).exists()
 
 
-def test_what_another_process_is_writing_is_not_thrown_away(tmp_path: Path) -> None:
-    rlrep.collect(SPEC, out=tmp_path, steps=40, **SMALL)
-    with lock(tmp_path), pytest.raises(RunError, match="another process"):
-        rlrep.collect(SPEC, out=tmp_path, steps=40, n_workers=2, overwrite=True, **SMALL)
-    assert Dataset(tmp_path).n_transitions == 40
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
