@@ -22,8 +22,9 @@ from rlrep.encoders import Encoder
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import Summary, report
 from rlrep.fanout import JobFailure, Send, map_jobs
-from rlrep.finetune import finetune
+from rlrep.finetune import Arm, finetune
 from rlrep.pretrain import pretrain
+from rlrep.sb3 import get_algorithm
 from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml, settings_of
 from rlrep.types import RunError
 
@@ -91,6 +92,10 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
         The report's summary.
     """
     out = Path(out)
+    # A wrong arm would else be found after hours of collecting and pre-training.
+    for arm in recipe.finetune.arms:
+        Arm.parse(arm)
+    get_algorithm(recipe.finetune.algorithm)
     folders = [] if data is None else [Path(data)]
     encoder: Encoder | None = None
     for i in range(1, recipe.rounds + 1):

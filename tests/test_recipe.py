@@ -9,7 +9,7 @@ import pytest
 from rlrep import cli, runs
 from rlrep.encoders import load_encoder
 from rlrep.recipe import Recipe, _name, load_recipe, on_ray, run
-from rlrep.settings import SettingsError, dump_yaml, load_yaml
+from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,3 +138,10 @@ def test_swept_settings_are_checked_before_anything_runs(folder: Path, capsys: p
     point = {"finetune.algorithm": "ppo", "pretrain.objectives": [["ae"], ["spr"]][1]}
     assert _name(point) == "finetune.algorithm=ppo,pretrain.objectives=spr"
     assert on_ray(load_recipe(folder), "auto").finetune.ray == "auto"
+
+
+def test_a_wrong_arm_is_found_before_anything_is_collected(folder: Path) -> None:
+    recipe = changed(load_recipe(folder), {"finetune.arms": ["scrach"]})
+    with pytest.raises(ValueError, match="Did you mean 'scratch'"):
+        run(recipe, folder / "out")
+    assert not (folder / "out").exists()
