@@ -157,12 +157,13 @@ def rows(folder: Path) -> Iterator[Row]:
         recorded(folder, "python", "grid", 16_000),
         (n, 16_000),
     )
-    for backend in ("hdf5", "arrow") if importlib.util.find_spec("jax") else ():
+    # Its arrow backend fails on the second dataset that one collector makes.
+    if importlib.util.find_spec("jax"):
         yield compare(
-            f"random collection to disk, `grid`, envpool, against Minari's DataCollector ({backend})",
+            "random collection to disk, `grid`, envpool, against Minari's DataCollector (hdf5)",
             "at least 100",
             grid,
-            minari_collector(folder, backend, 3_000),
+            minari_collector(folder, "hdf5", 3_000),
             (n, 3_000),
         )
     yield compare(
@@ -177,8 +178,8 @@ def rows(folder: Path) -> Iterator[Row]:
         yield compare(
             f"exploring collection from pictures, `{explorer}` in features, against SB3's PPO end to end",
             "at least 3",
-            exploring(folder, explorer, 32_768),
+            exploring(folder, explorer, 16_384),
             stock,
-            (32_768, 4_096),
+            (16_384, 4_096),
             rounds=3,
         )
