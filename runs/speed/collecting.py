@@ -13,10 +13,8 @@ import numpy as np
 from minigrid.wrappers import ImgObsWrapper, RGBImgPartialObsWrapper
 from ratios import Row, compare
 from rlrep_envs import EnvSpec, make_vec_env
-from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 
-import rlrep
 from rlrep.collect import Recorder
 from rlrep.dataset import DatasetWriter
 from rlrep.evaluate.coverage import Coverage
@@ -110,29 +108,6 @@ def minari_collector(folder: Path, backend: str, steps: int) -> Callable[[], Non
     return collect
 
 
-def exploring(folder: Path, explorer: str, steps: int) -> Callable[[], None]:
-    """`rlrep collect` with a policy that learns from a bonus, in the features of an encoder."""
-    spec = f"{TASK}:obs=rgb,backend=envpool"
-    encoder = rlrep.make_encoder("auto", make_vec_env(spec).observation_space)
-    path = folder / "random-encoder"
-    encoder.save_pretrained(path)
-    done: list[Path] = []
-
-    def explore() -> None:
-        done.append(folder / f"{explorer}-{len(done)}")
-        rlrep.collect(spec, explorer=explorer, steps=steps, n_envs=64, features=path, out=done[-1])
-
-    return explore
-
-
-def stock_ppo(steps: int) -> Callable[[], None]:
-    """SB3's PPO end to end on the same pictures, with the settings that our explorers have."""
-    model = PPO(
-        "CnnPolicy", make_vec_env(f"{TASK}:obs=rgb", 16, factors=False), device="cpu", **rlrep.collect.PPO_SETTINGS
-    )
-    return lambda: model.learn(steps)
-
-
 def rows(folder: Path) -> Iterator[Row]:
     """Measures collection."""
     for obs, steps in (("grid", 24_000), ("rgb", 24_000)):
@@ -173,13 +148,3 @@ def rows(folder: Path) -> Iterator[Row]:
         minigrid_alone("rgb", 2_000)[1],
         (60_000, 2_000),
     )
-    stock = stock_ppo(4_096)
-    for explorer in ("count", "rnd"):
-        yield compare(
-            f"exploring collection from pictures, `{explorer}` in features, against SB3's PPO end to end",
-            "at least 3",
-            exploring(folder, explorer, 16_384),
-            stock,
-            (16_384, 4_096),
-            rounds=3,
-        )
