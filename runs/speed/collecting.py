@@ -15,7 +15,7 @@ from ratios import Row, compare
 from rlrep_envs import EnvSpec, make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
-from rlrep.collect import Recorder
+from rlrep.collect import Recorder, ground_truth
 from rlrep.dataset import DatasetWriter
 from rlrep.evaluate.coverage import Coverage
 from rlrep.types import Episode
@@ -61,7 +61,7 @@ def recorded(folder: Path, backend: str, obs: str, steps: int) -> Callable[[], N
     """Random steps, and all of it on disk."""
     env = make_vec_env(EnvSpec.parse(f"{TASK}:obs={obs},backend={backend}"), N_ENVS[backend])
     env.reset()
-    sink = Sink(folder / f"{backend}-{obs}-{steps}", env, list(env.factors))  # type: ignore[attr-defined]
+    sink = Sink(folder / f"{backend}-{obs}-{steps}", env, list(ground_truth(env)))
     return stepper(Recorder(env, sink), steps, sink.writer.flush)
 
 

@@ -7,6 +7,7 @@ rate of a whole call, which is there too, says how long the call was.
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import tempfile
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 from ratios import Row
 
-from rlrep.collect import _collect_share
+from rlrep.collect import _collect_share, collect
 from rlrep.fanout import map_jobs
 
 SPEC = "MiniGrid-DoorKey-6x6-v0:obs=rgb"
@@ -27,22 +28,13 @@ ROUNDS = 3
 def rates(parent: Path, n_workers: int, ray: str | None, steps: int = STEPS) -> tuple[float, float]:
     """Returns the steps a second of all workers together: while all of them step, and over the whole call."""
     heard: dict[int, list[tuple[float, int]]] = {i: [] for i in range(n_workers)}
-    settings: dict[str, Any] = {
-        "explorer": "random",
-        "n_envs": 16,
-        "episodic": False,
-        "features": None,
-        "encoder": "auto",
-        "algorithm": "ppo",
-        "settings": None,
-        "until": None,
-        "device": "cpu",
-        "checkpoint_every": 10_000,
-        "overwrite": False,
+    parameters = inspect.signature(collect).parameters.values()
+    settings = {
+        p.name: p.default for p in parameters if p.default is not p.empty and p.name not in ("n_workers", "ray")
     }
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=parent) as folder:
-        jobs = [{"env": SPEC, "out": f"{folder}/{i}", "steps": steps, "seed": i, **settings} for i in range(n_workers)]
+        jobs = [settings | {"env": SPEC, "out": f"{folder}/{i}", "steps": steps, "seed": i} for i in range(n_workers)]
 
         def receive(job: Any, done: int) -> None:
             heard[job["seed"]].append((time.perf_counter(), done))
