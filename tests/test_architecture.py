@@ -23,11 +23,11 @@ from rlrep.registry import Registry
 TIERS = [
     ["types", "runs", "storage", "distributed"],
     ["spaces", "registry"],
-    ["nets", "losses", "augment", "dataset", "settings", "fanout", "interop"],
+    ["nets", "losses", "augment", "dataset", "settings", "fanout", "interop", "recorder"],
     ["encoders"],
     ["objectives", "sb3"],
     ["explore"],
-    ["evaluate"],
+    ["evaluate", "intrinsic"],
     ["collect", "pretrain", "finetune"],
     ["recipe"],
     ["cli"],

@@ -19,9 +19,11 @@ from rlrep_envs import EnvSpec, make_env, make_vec_env
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
-from rlrep.collect import PPO_SETTINGS, IntrinsicReward, Recorder, WithContext, _segments, collect
+from rlrep.collect import PPO_SETTINGS, collect
 from rlrep.dataset import Dataset
 from rlrep.explore import Bonus, ReturnNormaliser, explorers, make_explorer
+from rlrep.intrinsic import IntrinsicReward, WithContext, segments
+from rlrep.recorder import Recorder
 from rlrep.registry import SpecError
 from rlrep.types import DatasetError, Episode, RunError, SpaceError, Transition, tree_map
 
@@ -344,7 +346,7 @@ def test_segments_hold_what_happened_and_stop_at_the_end() -> None:
         env.step(np.random.default_rng(1).integers(4, size=3))
     steps = env.bonus.seen
     span, found = 4, set()
-    for batch in _segments(steps, span, batch_size=10, epochs=1, rng=np.random.default_rng(0)):
+    for batch in segments(steps, span, batch_size=10, epochs=1, rng=np.random.default_rng(0)):
         for b in range(len(batch.mask)):
             index, episode, t = (int(x) for x in batch.obs[b, 0])
             found.add((index, episode, t))
@@ -371,7 +373,7 @@ def test_segments_stop_where_the_environments_were_reset() -> None:
         env.reset()
         for _ in range(5):
             env.step(np.zeros(2, int))
-    for batch in _segments(env.bonus.seen, 4, batch_size=30, epochs=1, rng=np.random.default_rng(0)):
+    for batch in segments(env.bonus.seen, 4, batch_size=30, epochs=1, rng=np.random.default_rng(0)):
         assert (batch.obs[:, :, 1] == batch.obs[:, :1, 1]).all(), "one episode each"
 
 

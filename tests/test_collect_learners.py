@@ -16,9 +16,10 @@ from rlrep_envs import make_vec_env
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from rlrep.collect import Alongside, IntrinsicReward, WithContext, collect
+from rlrep.collect import collect
 from rlrep.encoders import make_encoder
 from rlrep.explore import Bonus, Mixture, Product, explorers, make_explorer
+from rlrep.intrinsic import Alongside, IntrinsicReward, WithContext
 from rlrep.registry import SpecError
 from rlrep.sb3 import LatentVecEnv, get_algorithm
 from rlrep.types import RunError, SpaceError, Transition

@@ -15,9 +15,9 @@ from ratios import Row, compare
 from rlrep_envs import EnvSpec, make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
-from rlrep.collect import Recorder, ground_truth
 from rlrep.dataset import DatasetWriter
 from rlrep.evaluate.coverage import Coverage
+from rlrep.recorder import Recorder, ground_truth
 from rlrep.types import Episode
 
 TASK = "MiniGrid-DoorKey-6x6-v0"

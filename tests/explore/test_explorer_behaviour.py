@@ -15,8 +15,9 @@ from rlrep_envs import NoisyTV
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from rlrep.collect import IntrinsicReward, WithContext, collect
+from rlrep.collect import collect
 from rlrep.explore import Actor, explorers, make_explorer
+from rlrep.intrinsic import IntrinsicReward, WithContext
 
 N = 16
 
