@@ -21,6 +21,7 @@ from tqdm import tqdm
 from rlrep import runs, spaces
 from rlrep.augment import Augment
 from rlrep.encoders import Encoder, load_encoder, make_encoder
+from rlrep.evaluate.comparison import PRETRAINED
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.registry import nearest
 from rlrep.sb3 import LatentVecEnv, check_settings, get_algorithm, policy_kwargs
@@ -76,7 +77,30 @@ class Arm:
     @property
     def pretrained(self) -> bool:
         """Whether it needs a pre-trained encoder."""
-        return self.kind in ("frozen", "finetune")
+        return self.kind in PRETRAINED
+
+
+def parse_arms(arms: Sequence[str | Mapping[str, Any]], algorithm: str, settings: Mapping[str, Any]) -> list[Arm]:
+    """Reads arms, and checks whatever of them can be checked without environment and encoder.
+
+    Args:
+        arms: Names or mappings, see `Arm`.
+        algorithm: What trains them.
+        settings: What they share of its settings.
+
+    Raises:
+        SpecError: There is no such algorithm.
+        ValueError: Unknown arm or setting, two arms of one name, or a number out of range.
+    """
+    parsed = [Arm.parse(arm) for arm in arms]
+    if len({arm.name for arm in parsed}) < len(parsed) or not parsed:
+        raise ValueError(f"arms need names of their own, and there must be one at least: {[a.name for a in parsed]}")
+    cls = get_algorithm(algorithm)
+    for arm in parsed:
+        check_settings(cls, {**settings, **arm.settings})
+        if not arm.lr_scale > 0:
+            raise ValueError(f"lr_scale={arm.lr_scale} of arm {arm.name!r} is not positive; 'frozen' does not learn")
+    return parsed
 
 
 def finetune(
@@ -134,20 +158,13 @@ def finetune(
             `augment` without pictures.
     """
     spec = EnvSpec.parse(env)
-    parsed = [Arm.parse(arm) for arm in arms]
-    if len({arm.name for arm in parsed}) < len(parsed) or not parsed:
-        raise ValueError(f"arms need names of their own, and there must be one at least: {[a.name for a in parsed]}")
+    parsed = parse_arms(arms, algorithm, settings or {})
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds must be different, none negative, and there must be one at least: {list(seeds)}")
     counts = {"steps": steps, "n_envs": n_envs, "eval_every": eval_every, "eval_episodes": eval_episodes}
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
-    cls = get_algorithm(algorithm)
-    for arm in parsed:
-        check_settings(cls, {**(settings or {}), **arm.settings})
-        if not arm.lr_scale > 0:
-            raise ValueError(f"lr_scale={arm.lr_scale} of arm {arm.name!r} is not positive; 'frozen' does not learn")
     pretrained = load_encoder(encoder) if encoder is not None else None
     if needy := [arm.name for arm in parsed if arm.pretrained and pretrained is None]:
         raise ValueError(f"arm {needy[0]!r} needs a pre-trained encoder; pass one, or leave the arm out")

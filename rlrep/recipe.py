@@ -22,9 +22,8 @@ from rlrep.encoders import Encoder
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import Summary, report
 from rlrep.fanout import JobFailure, Send, map_jobs
-from rlrep.finetune import Arm, finetune
+from rlrep.finetune import finetune, parse_arms
 from rlrep.pretrain import pretrain
-from rlrep.sb3 import get_algorithm
 from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml, settings_of
 from rlrep.types import RunError
 
@@ -93,9 +92,7 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
     """
     out = Path(out)
     # A wrong arm would else be found after hours of collecting and pre-training.
-    for arm in recipe.finetune.arms:
-        Arm.parse(arm)
-    get_algorithm(recipe.finetune.algorithm)
+    parse_arms(recipe.finetune.arms, recipe.finetune.algorithm, recipe.finetune.settings or {})
     folders = [] if data is None else [Path(data)]
     encoder: Encoder | None = None
     for i in range(1, recipe.rounds + 1):

@@ -10,7 +10,6 @@ Nothing is written to a URL: a commit is an atomic rename under a lock, which ob
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -76,13 +75,19 @@ class Url:
         try:
             store = ts.KvStore.open(spec, context=context()).result(timeout=PATIENCE)
             found = store.read(name).result(timeout=PATIENCE)
-            if found.state == "value":
-                return bytes(found.value)
-            with contextlib.suppress(NotImplementedError):
-                # A bucket that does not exist has no file of that name either, and says so only when it is listed.
-                (store / name).list().result(timeout=PATIENCE)
         except (ValueError, OSError) as error:
-            if "PERMISSION_DENIED" not in str(error) or "found" not in locals():
+            raise OSError(explain(error, self.text)) from error
+        if found.state == "value":
+            return bytes(found.value)
+        try:
+            # A bucket that does not exist has no file of that name either, and says so only when it is listed.
+            (store / name).list().result(timeout=PATIENCE)
+        except NotImplementedError:
+            # A web server lists nothing.
+            pass
+        except (ValueError, OSError) as error:
+            # Whoever may read need not be allowed to list.
+            if "PERMISSION_DENIED" not in str(error):
                 raise OSError(explain(error, self.text)) from error
         raise FileNotFoundError(f"there is no file {self.text}")
 
