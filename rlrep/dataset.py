@@ -52,13 +52,14 @@ import torch
 import xxhash
 from gymnasium import spaces
 from gymnasium.spaces import Space
+from rlrep_envs import EnvSpec
 
 from rlrep.runs import lock, provenance, read_json, write_json
 from rlrep.spaces import from_json, kind, leaves, to_json
 from rlrep.storage import Url, context, explain, kvstore, locate
 from rlrep.types import Batch, DatasetError, Episode, RunError, Tree, tree_map
 
-__all__ = ["Dataset", "DatasetWriter", "Verification", "verify"]
+__all__ = ["Dataset", "DatasetWriter", "Verification", "open_dataset", "verify"]
 
 FORMAT_VERSION = 1
 META, COMMIT, PARTS, GROUP = "meta.json", "commit.json", "parts.json", "zarr.json"
@@ -1223,6 +1224,25 @@ class Dataset:
     def observations(self, n: int, rng: np.random.Generator) -> Tree:
         """Returns n random observations of this view, (n, *obs_shape), with replacement."""
         return self.column("obs", rng.integers(self.n_observations, size=n))
+
+
+def open_dataset(
+    data: Dataset | str | Path | Sequence[str | Path], frame_stack: int | None = None, budget: str | int = "auto"
+) -> Dataset:
+    """Opens folders as `Dataset` does, with as many frames stacked as their environment spec says.
+
+    Args:
+        data: A folder or URL, or several; or a dataset, which is stacked if it was not.
+        frame_stack: Stacks so many instead.
+        budget: Memory for rows; a dataset brings its own.
+    """
+    if not isinstance(data, Dataset):
+        data = Dataset(*([data] if isinstance(data, str | Path) else data), budget=budget)
+    if frame_stack is None:
+        frame_stack = data.frame_stack
+        if frame_stack == 1 and data.env_spec:
+            frame_stack = EnvSpec.parse(data.env_spec).frame_stack
+    return data if frame_stack == data.frame_stack else data.stacked(frame_stack)
 
 
 def _interleave(frames: Any) -> Any:

@@ -13,14 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rlrep_envs import EnvSpec
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from rlrep import distributed, runs
-from rlrep.dataset import Dataset
+from rlrep.dataset import Dataset, open_dataset
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.collapse import collapse, has_collapsed
 from rlrep.evaluate.probes import Prober
@@ -121,7 +120,7 @@ def pretrain(
             raise ValueError(
                 f"a batch_size of {batch_size} cannot be shared equally by {distributed.world_size()} processes"
             )
-        dataset = _open(data, frame_stack, budget)
+        dataset = open_dataset(data, frame_stack, budget)
         objectives = [objectives] if isinstance(objectives, str | Mapping) else list(objectives)
         settings = {
             "objectives": objectives,
@@ -184,17 +183,6 @@ def pretrain(
             # Nobody returns before the encoder is on disk.
             distributed.broadcast(b"")
     return built.eval()
-
-
-def _open(data: Dataset | str | Path | Sequence[str | Path], frame_stack: int | None, budget: str | int) -> Dataset:
-    """Opens the data with the frame stack asked for, or that its environment spec names."""
-    if not isinstance(data, Dataset):
-        data = Dataset(*([data] if isinstance(data, str | Path) else data), budget=budget)
-    if frame_stack is None:
-        frame_stack = data.frame_stack
-        if frame_stack == 1 and data.env_spec:
-            frame_stack = EnvSpec.parse(data.env_spec).frame_stack
-    return data if frame_stack == data.frame_stack else data.stacked(frame_stack)
 
 
 def bfloat16_pays(device: torch.device) -> bool:

@@ -18,12 +18,11 @@ import torch
 from gymnasium import spaces as gym_spaces
 from gymnasium.spaces import Space
 from rich.table import Table
-from rlrep_envs import EnvSpec
 from torch import Tensor
 from torch.nn import functional as F
 
 from rlrep import spaces
-from rlrep.dataset import Dataset
+from rlrep.dataset import Dataset, open_dataset
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.collapse import collapse, participation_ratio
 from rlrep.registry import nearest
@@ -259,9 +258,7 @@ def probe(
     """
     encoder = load_encoder(encoder)
     if not isinstance(data, Dataset):
-        data = Dataset(*([data] if isinstance(data, str | Path) else data))
-        stack = EnvSpec.parse(data.env_spec).frame_stack if data.env_spec else 1
-        data = data if stack == data.frame_stack else data.stacked(stack)
+        data = open_dataset(data)
     return Prober(data, n, held_out, seed).probe(encoder, k)
 
 
