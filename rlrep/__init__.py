@@ -14,10 +14,11 @@ from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import report
 from rlrep.explore import Bonus
 from rlrep.finetune import finetune
+from rlrep.latent import LatentVecEnv
 from rlrep.objectives import Objective, make_objective
 from rlrep.pretrain import pretrain
 from rlrep.recipe import load_recipe, run
-from rlrep.sb3 import LatentVecEnv, policy_kwargs
+from rlrep.sb3 import policy_kwargs
 from rlrep.types import Batch, Episode, RlrepError, Transition
 
 __version__ = _version("rlrep")

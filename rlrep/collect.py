@@ -42,9 +42,10 @@ from rlrep.explore import Actor, Bonus, Mixture, make_explorer
 from rlrep.explore.base import beside, sample_actions
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.intrinsic import Alongside, IntrinsicReward, WithContext
+from rlrep.latent import LatentVecEnv
 from rlrep.recorder import Recorder, ground_truth
 from rlrep.registry import nearest
-from rlrep.sb3 import LatentVecEnv, check_settings, get_algorithm, policy_kwargs
+from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs
 from rlrep.types import (
     Episode,
     RunError,

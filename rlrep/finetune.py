@@ -23,8 +23,9 @@ from rlrep.augment import Augment
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.comparison import PRETRAINED
 from rlrep.fanout import JobFailure, Send, map_jobs
+from rlrep.latent import LatentVecEnv
 from rlrep.registry import nearest
-from rlrep.sb3 import LatentVecEnv, check_settings, get_algorithm, policy_kwargs
+from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs
 from rlrep.types import RunError
 
 SCORES, FAILURES = "scores.jsonl", "failures.jsonl"

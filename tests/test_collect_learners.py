@@ -20,8 +20,9 @@ from rlrep.collect import collect
 from rlrep.encoders import make_encoder
 from rlrep.explore import Bonus, Mixture, Product, explorers, make_explorer
 from rlrep.intrinsic import Alongside, IntrinsicReward, WithContext
+from rlrep.latent import LatentVecEnv
 from rlrep.registry import SpecError
-from rlrep.sb3 import LatentVecEnv, get_algorithm
+from rlrep.sb3 import get_algorithm
 from rlrep.types import RunError, SpaceError, Transition
 
 GRID = "rlrep/TinyGrid-v0:max_steps=30,size=5"

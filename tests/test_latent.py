@@ -25,7 +25,8 @@ from stable_baselines3.common.vec_env import (
 )
 
 from rlrep.encoders import Encoder, make_encoder
-from rlrep.sb3 import LatentVecEnv, policy_kwargs
+from rlrep.latent import LatentVecEnv
+from rlrep.sb3 import policy_kwargs
 from rlrep.types import RunError, SpaceError, tree_leaves, tree_map
 
 over_spaces = pytest.mark.parametrize("space", SPACES)

@@ -1,0 +1,137 @@
+"""`LatentVecEnv`: environments whose observations are the features of a frozen encoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from gymnasium import spaces as gym_spaces
+from stable_baselines3.common.utils import get_device
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, is_vecenv_wrapped
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+from rlrep import spaces
+from rlrep.encoders import Encoder, load_encoder
+from rlrep.sb3 import reordering
+from rlrep.types import SpaceError, Tree, tree_map
+
+
+class LatentVecEnv(VecEnvWrapper):
+    """Replaces observations by the features of a frozen encoder, (N, D) float32, computed once a step.
+
+    Inside a policy the same features are computed again in every epoch of every update. Terminal observations in
+    `infos` are encoded too. The encoder is a copy in evaluation mode; training the original later changes nothing here.
+    Features are remembered by the exact bytes of the observation, which pays where few are distinct, as in MiniGrid;
+    where they hardly ever come again, remembering stops by itself.
+
+    Args:
+        venv: Environments with raw observations. To normalise rewards or features, put `VecNormalize` around this.
+        encoder: An encoder, its folder, or the folder of a pre-training run.
+        memory: Bytes of remembered features at most; 0 remembers none.
+        device: Where the encoder computes, named as in SB3.
+
+    Raises:
+        SpaceError: The encoder was made for other observations.
+        RunError: There is no encoder there.
+    """
+
+    WINDOW = 4096
+    """Observations after which it is decided whether remembering pays."""
+    WORTHWHILE = 0.1
+    """Part of them that has to be remembered: looking one up costs about a tenth of encoding it."""
+
+    def __init__(
+        self,
+        venv: VecEnv,
+        encoder: str | Path | Encoder,
+        *,
+        memory: int = 128 * 2**20,
+        device: torch.device | str = "auto",
+    ) -> None:
+        if not isinstance(venv, VecEnv):
+            raise TypeError(
+                f"LatentVecEnv wraps SB3's vectorised environments, not {type(venv).__name__}: use "
+                "rlrep.make_vec_env, or DummyVecEnv([lambda: env])"
+            )
+        encoder = load_encoder(encoder)
+        if is_vecenv_wrapped(venv, VecNormalize):
+            raise SpaceError(
+                "the encoder takes raw observations, and SB3 stores those of the innermost VecNormalize in its replay "
+                "buffers: put it around the features, VecNormalize(LatentVecEnv(venv, encoder), norm_obs=False)"
+            )
+        self._reorder = reordering(venv.observation_space, encoder.observation_space)
+        self.encoder = copy.deepcopy(encoder).to(get_device(device)).eval().requires_grad_(False)
+        features = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
+        super().__init__(venv, observation_space=features)
+        self._memory = _Memory(encoder.features_dim, memory) if memory else None
+
+    def reset(self) -> VecEnvObs:
+        """Resets every environment and encodes the first observations."""
+        return self._features(self.venv.reset())
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Encodes the observations of a step, and the terminal ones in `infos`, as one batch."""
+        obs, rewards, dones, infos = self.venv.step_wait()
+        ended = [i for i in np.flatnonzero(dones) if "terminal_observation" in infos[i]]
+        if ended:
+            last = [infos[i]["terminal_observation"] for i in ended]
+            obs = tree_map(lambda x, *ends: np.concatenate([x, np.stack(ends)]), obs, *last)
+        features = self._features(obs)
+        # Copies: the environments' own infos keep the raw observation.
+        infos = list(infos)
+        for i, row in zip(ended, features[self.num_envs :], strict=True):
+            infos[i] = {**infos[i], "terminal_observation": row}
+        return features[: self.num_envs], rewards, dones, infos
+
+    def _features(self, obs: Tree) -> np.ndarray:
+        """(M, *obs_shape) -> (M, D)."""
+        if self._memory is None:
+            return self._encode(obs)
+        features = self._memory.recall(obs, self._encode)
+        if self._memory.asked >= self.WINDOW:
+            if self._memory.known < self.WORTHWHILE * self._memory.asked:
+                self._memory = None
+            else:
+                self._memory.asked = self._memory.known = 0
+        return features
+
+    def _encode(self, obs: Tree) -> np.ndarray:
+        device = self.encoder.device
+        with torch.inference_mode():
+            raw = tree_map(lambda reorder, x: reorder(torch.as_tensor(x).to(device)), self._reorder, obs)
+            return self.encoder(raw).float().cpu().numpy()
+
+
+class _Memory:
+    """Features of observations seen before, in about `n_bytes` at most; when it is full it starts anew."""
+
+    ENTRY = 160
+    """Bytes an entry takes beside its features: the hash, its slot and their place in the dictionary."""
+
+    def __init__(self, features_dim: int, n_bytes: int) -> None:
+        self.capacity = n_bytes // (self.ENTRY + 4 * features_dim)
+        # The operating system hands out pages of it only as they are written.
+        self.table = np.empty((self.capacity, features_dim), np.float32)
+        self.slots: dict[int, int] = {}
+        self.asked = self.known = 0
+
+    def recall(self, obs: Tree, encode: Callable[[Tree], np.ndarray]) -> np.ndarray:
+        """Returns the features of (M, *obs_shape) observations, (M, D); `encode` is asked for those not known."""
+        keys = spaces.hash_rows(obs).tolist()
+        new = {key: i for i, key in enumerate(keys) if key not in self.slots}
+        self.asked += len(keys)
+        self.known += len(keys) - len(new)
+        if len(self.slots) + len(new) > self.capacity:
+            self.slots.clear()
+            new = {key: i for i, key in enumerate(keys)}
+            if len(new) > self.capacity:
+                return encode(obs)
+        if new:
+            rows = list(new.values())
+            start = len(self.slots)
+            self.table[start : start + len(rows)] = encode(tree_map(lambda x: x[rows], obs))
+            self.slots.update(zip(new, range(start, start + len(rows)), strict=True))
+        return self.table[[self.slots[key] for key in keys]]
