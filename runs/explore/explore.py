@@ -20,7 +20,7 @@ import numpy as np
 from rlrep import collect, runs
 from rlrep.evaluate.exploration import Explored, draw, explored
 from rlrep.evaluate.stats import iqm
-from rlrep.fanout import JobFailure, map_jobs
+from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.settings import load_yaml
 
 HERE = Path(__file__).parent
@@ -49,7 +49,7 @@ class Studies:
     checkpoint_every: int
 
 
-def explore(job: Mapping[str, Any]) -> dict[str, Any]:
+def explore(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     """Collects, and returns what was reached; the data itself is thrown away."""
     folder = OUT / "-".join(str(job[key]) for key in ("study", "env", "explorer", "seed")).replace("/", "_")
     began = time.process_time()
