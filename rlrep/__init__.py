@@ -19,11 +19,13 @@ from rlrep.objectives import Objective, make_objective
 from rlrep.pretrain import pretrain
 from rlrep.recipe import load_recipe, run
 from rlrep.sb3 import policy_kwargs
+from rlrep.transfer import Auxiliary, Unfreeze
 from rlrep.types import Batch, Episode, RlrepError, Transition
 
 __version__ = _version("rlrep")
 
 __all__ = [
+    "Auxiliary",
     "Batch",
     "Bonus",
     "Dataset",
@@ -35,6 +37,7 @@ __all__ = [
     "Objective",
     "RlrepError",
     "Transition",
+    "Unfreeze",
     "collect",
     "finetune",
     "load_encoder",

@@ -497,7 +497,7 @@ def _buffer_episodes(buffer: ReplayBuffer, scaled_actions: bool) -> Iterator[Epi
             broken[:-1] |= (led_to[:-1] != found[1:]).any(axis=tuple(range(1, found.ndim)))
         broken[-1] = True
         ends = np.flatnonzero(done | broken)
-        action = _env_actions(column(buffer.actions, order, buffer.action_space), buffer.action_space, scaled_actions)
+        action = env_actions(column(buffer.actions, order, buffer.action_space), buffer.action_space, scaled_actions)
         start = 0
         for end in ends.tolist():
             lost = buffer.optimize_memory_usage and done[end] and order[end] != newest
@@ -515,8 +515,12 @@ def _buffer_episodes(buffer: ReplayBuffer, scaled_actions: bool) -> Iterator[Epi
             )
 
 
-def _env_actions(action: np.ndarray, space: Space, scaled: bool) -> np.ndarray:
-    """Undoes SB3's scaling of Box actions to [-1, 1], by its own formula."""
+def env_actions(action: np.ndarray, space: Space, scaled: bool) -> np.ndarray:
+    """Undoes SB3's scaling of Box actions to [-1, 1], by its own formula; other actions are returned as they are.
+
+    Raises:
+        DatasetError: They are not scaled.
+    """
     if not isinstance(space, spaces.Box):
         return action
     if not scaled:

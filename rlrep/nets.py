@@ -31,6 +31,11 @@ def head(n_in: int, features_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(n_in, features_dim), nn.LayerNorm(features_dim))
 
 
+def trainable(layers: nn.Sequential) -> list[nn.Module]:
+    """Returns the layers that have parameters."""
+    return [layer for layer in layers if any(True for _ in layer.parameters())]
+
+
 class PictureDecoder(nn.Module):
     """(N, D) features -> (N, C, H, W): a coarse map an eighth of the size, each of whose points draws 8x8 pixels.
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from gymnasium import spaces as gym_spaces
 from gymnasium.spaces import Space
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -41,46 +42,73 @@ class WeightsChangedError(RlrepError):
     """A pre-trained encoder does not have the weights it was given."""
 
 
-class ScaledRates(torch.optim.Optimizer):
-    """Steps every parameter that has an attribute `lr_scale` at that multiple of the learning rate.
+class EncoderGroup(torch.optim.Optimizer):
+    """Steps the encoder by a rate and a weight decay of its own, and draws it to where it was.
 
-    To be mixed into an optimiser. SB3 writes one rate into all groups before each update, so groups of different rates
-    do not last; here the scale is kept beside the rate and multiplied in only while a step is taken.
+    To be mixed into an optimiser. It groups parameters by three attributes that they may have: `lr_scale` multiplies
+    the learning rate; `weight_decay` takes the place of the optimiser's; `anchor` is the strength of L2-SP
+    (arXiv:1802.01483), anchor / 2 |w - w0|^2, whose gradient joins that of the loss, w0 being the weights on which the
+    optimiser was built.
+
+    SB3 writes one rate into all groups before each update, so groups of different rates do not last; here the scale is
+    kept beside the rate and multiplied in only while a step is taken.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], **options: Any) -> None:
-        groups: dict[float, list[nn.Parameter]] = {}
+        groups: dict[tuple[float, float | None, float], dict[str, Any]] = {}
+        self.origins: dict[nn.Parameter, Tensor] = {}
         for parameter in params:
-            groups.setdefault(getattr(parameter, "lr_scale", 1.0), []).append(parameter)
-        scaled = [{"params": group, "lr_scale": scale} for scale, group in groups.items()]
+            scale, decay, anchor = (getattr(parameter, name, None) for name in ("lr_scale", "weight_decay", "anchor"))
+            scale, anchor = 1.0 if scale is None else scale, anchor or 0.0
+            own = {} if decay is None else {"weight_decay": decay}
+            group = {"params": [], "lr_scale": scale, "anchor": anchor, **own}
+            groups.setdefault((scale, decay, anchor), group)["params"].append(parameter)
+            if anchor:
+                self.origins[parameter] = parameter.detach().clone()
         # The next class is the optimiser proper, not the base that mypy sees.
-        super().__init__(scaled, **options)
+        super().__init__(list(groups.values()), **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "origins": self.origins}
 
     def step(self, closure: Any = None) -> Any:
         """Takes a step, each group at its own rate."""
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         rates = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             group["lr"] = group["lr"] * group["lr_scale"]
+            if group["anchor"]:
+                self._pull(group)
         try:
-            return super().step(closure)
+            super().step()
         finally:
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
+        return loss
+
+    @torch.no_grad()
+    def _pull(self, group: Mapping[str, Any]) -> None:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                # SB3 moves a policy to its device after the optimiser was built.
+                origin = self.origins[parameter] = self.origins[parameter].to(parameter.device)
+                parameter.grad.add_(parameter - origin, alpha=group["anchor"])
 
 
-class EncoderAdam(ScaledRates, torch.optim.Adam):
-    """Adam whose steps on the encoder are `lr_scale` times as large as on the rest of the policy."""
+class EncoderAdam(EncoderGroup, torch.optim.Adam):
+    """Adam with a rate, a weight decay and an anchor for the encoder alone."""
 
 
-class EncoderRMSprop(ScaledRates, torch.optim.RMSprop):
-    """RMSprop, A2C's default, whose steps on the encoder are `lr_scale` times as large as on the rest of the policy."""
+class EncoderRMSprop(EncoderGroup, torch.optim.RMSprop):
+    """RMSprop, A2C's default, with a rate, a weight decay and an anchor for the encoder alone."""
 
 
 class _Algorithm(NamedTuple):
     module: str
     attribute: str
     paper: str
-    optimizer: type[ScaledRates] = EncoderAdam
+    optimizer: type[EncoderGroup] = EncoderAdam
     optimizer_kwargs: Mapping[str, Any] = {}
     """SB3 gives these to its own default optimiser only, so they have to be repeated for ours."""
 
@@ -160,6 +188,9 @@ def policy_kwargs(
     *,
     mode: Mode = "finetune",
     lr_scale: float = 0.1,
+    freeze: int | Literal["all"] = 0,
+    weight_decay: float | None = None,
+    anchor: float = 0.0,
     shift: int = 0,
     **extra: Any,
 ) -> dict[str, Any]:
@@ -176,6 +207,11 @@ def policy_kwargs(
             same architecture from SB3's own initialisation: the control. `LatentVecEnv` gives the same features as
             `frozen`, many times faster.
         lr_scale: What the learning rate is multiplied by for the encoder when it is fine-tuned.
+        freeze: So many of the encoder's lowest `layer_groups` stay as they are while the others are fine-tuned, or
+            `all`; `rlrep.Unfreeze` lets them learn later.
+        weight_decay: Of the encoder when it is fine-tuned; that of `optimizer_kwargs`, if any, unless given.
+        anchor: Strength at which a fine-tuned encoder is drawn to its pre-trained weights (L2-SP, arXiv:1802.01483):
+            anchor / 2 |w - w0|^2 is added to the loss, after SB3 has clipped the gradient.
         shift: Pixels by which pictures are shifted at random while the policy is updated, and only then (RAD,
             arXiv:2004.14990).
         extra: Further `policy_kwargs`, such as `net_arch`.
@@ -183,7 +219,8 @@ def policy_kwargs(
     Raises:
         SpecError: There is no such algorithm.
         RunError: There is no encoder there.
-        ValueError: An unknown mode, a rate that makes no sense, or an extra setting that would undo the pre-training.
+        ValueError: An unknown mode, a number out of range, a setting that the mode has no use for, or an extra setting
+            that would undo the pre-training.
     """
     cls = get_algorithm(algorithm)
     if mode not in get_args(Mode):
@@ -191,6 +228,11 @@ def policy_kwargs(
         raise ValueError(f"there is no mode {mode!r}.{nearest(str(mode), get_args(Mode))} The modes are: {modes}.")
     if not lr_scale > 0:
         raise ValueError(f"lr_scale={lr_scale} is not positive; for an encoder that does not learn use mode='frozen'")
+    for name, strength in {"anchor": anchor, "weight_decay": weight_decay or 0.0}.items():
+        if not 0 <= strength < np.inf:
+            raise ValueError(f"{name} must not be negative, nor infinite, and it is {strength}")
+    if mode != "finetune" and (freeze or anchor or weight_decay is not None):
+        raise ValueError(f"freeze, anchor and weight_decay are for mode='finetune', not {mode!r}")
     for key in ("features_extractor_class", "features_extractor_kwargs", "normalize_images"):
         if key in extra:
             raise ValueError(f"{key} is what policy_kwargs sets itself: leave it out of the extra settings")
@@ -202,15 +244,21 @@ def policy_kwargs(
                 "which carries the reward: leave it out"
             )
         extra["share_features_extractor"] = False
-    if mode == "finetune" and lr_scale != 1:
-        extra = {**extra, **_scaled_optimizer(cls, extra)}
+    if mode == "finetune" and (lr_scale != 1 or anchor or weight_decay is not None):
+        extra = {**extra, **_own_optimizer(cls, extra)}
     encoder = load_encoder(encoder)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    n_groups = len(encoder.layer_groups())
+    n_frozen = n_groups if freeze == "all" else freeze
+    if isinstance(n_frozen, bool) or not isinstance(n_frozen, int) or not 0 <= n_frozen <= n_groups:
+        raise ValueError(
+            f"freeze={freeze!r} is not a number of this encoder's layers: {encoder.name!r} has {n_groups}, so 0 to "
+            f"{n_groups}, or 'all'"
+        )
     kwargs: dict[str, Any] = {"config": encoder.config}
     if mode != "scratch":
-        kwargs |= {"weights": Weights(save_safetensors(tensors)), "frozen": mode == "frozen"}
+        kwargs |= {"weights": _weights_of(encoder), "frozen": mode == "frozen"}
     if mode == "finetune":
-        kwargs["lr_scale"] = lr_scale
+        kwargs |= {"lr_scale": lr_scale, "freeze": n_frozen, "weight_decay": weight_decay, "anchor": anchor}
     if shift:
         kwargs["shift"] = shift
     return {
@@ -228,13 +276,13 @@ def _actor_and_critic(cls: type[BaseAlgorithm]) -> bool:
     return "share_features_extractor" in cls.policy_aliases["MlpPolicy"].__init__.__annotations__
 
 
-def _scaled_optimizer(cls: type[BaseAlgorithm], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the optimiser, and its settings, that make steps on the encoder of a size of their own."""
+def _own_optimizer(cls: type[BaseAlgorithm], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the optimiser, and its settings, that treat the encoder as a group of its own."""
     names = [name for name, known in algorithms().items() if issubclass(cls, known)]
     if "trpo" in names:
         raise ValueError(
-            "TRPO's steps have no learning rate, so the encoder cannot have a rate of its own: pass lr_scale=1, "
-            "or mode='frozen'"
+            "TRPO's steps have no learning rate and no weight decay, so the encoder cannot have its own, nor an "
+            "anchor: pass lr_scale=1 without them, or mode='frozen'"
         )
     if names:
         optimizer, options = _ALGORITHMS[names[-1]].optimizer, _ALGORITHMS[names[-1]].optimizer_kwargs
@@ -242,10 +290,10 @@ def _scaled_optimizer(cls: type[BaseAlgorithm], extra: Mapping[str, Any]) -> dic
         optimizer, options = EncoderAdam, _EPS if issubclass(cls, OnPolicyAlgorithm) else {}
     own = extra.get("optimizer_class")
     if own is not None:
-        if not issubclass(own, ScaledRates):
+        if not issubclass(own, EncoderGroup):
             raise ValueError(
-                f"optimizer_class={own.__name__} knows nothing of lr_scale: derive it from rlrep.sb3.ScaledRates and "
-                f"{own.__name__}, or pass lr_scale=1"
+                f"optimizer_class={own.__name__} knows nothing of lr_scale and anchor: derive it from "
+                f"rlrep.sb3.EncoderGroup and {own.__name__}, or pass lr_scale=1 without weight_decay and anchor"
             )
         optimizer, options = own, {}
     return {"optimizer_class": optimizer, "optimizer_kwargs": {**options, **extra.get("optimizer_kwargs", {})}}
@@ -261,6 +309,48 @@ class Weights(bytes):
     __str__ = __repr__
 
 
+def _weights_of(encoder: Encoder) -> Weights:
+    return Weights(save_safetensors({name: x.cpu().contiguous() for name, x in encoder.state_dict().items()}))
+
+
+def _accuse(changed: Mapping[str, tuple[Tensor, Tensor]], parameters: set[str]) -> str:
+    """Says which weights changed, (before, after) by name, and what leaves such traces."""
+    largest = max(float((after.double() - before.double()).abs().max()) for before, after in changed.values())
+    biases = [(before, after) for before, after in changed.values() if before.ndim == 1 and bool(before.any())]
+    if not parameters & changed.keys():
+        culprit = (
+            "training mode: these are running statistics, which batch normalisation moves whenever it sees a batch. "
+            "Something called train() on the encoder itself"
+        )
+    elif any(not bool(after.any()) for _, after in biases) or any(_orthogonal(*pair) for pair in changed.values()):
+        culprit = (
+            "an initialisation of every layer: a policy class or a script that goes over all modules, as SB3's "
+            "ortho_init does. Do that before the encoder is built, or leave the features extractor out of it"
+        )
+    else:
+        culprit = (
+            "an optimiser that was given them, or a write to them in place. Weights that are meant to be others are "
+            "handed over by set_parameters, or by an encoder of their own"
+        )
+    names = ", ".join(sorted(changed)[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    return (
+        f"your pre-trained weights were changed, though they are frozen or not yet trained: {names}, by {largest:.2g} "
+        f"at most. What leaves such traces is {culprit}."
+    )
+
+
+def _orthogonal(before: Tensor, after: Tensor) -> bool:
+    """Whether a matrix became a multiple of one with orthogonal rows or columns, which none is by chance."""
+
+    def skew(x: Tensor) -> float:
+        matrix = x.flatten(1).double()
+        gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+        size = gram.diag().mean()
+        return float((gram - size * torch.eye(len(gram))).abs().max() / size.clamp(min=1e-12))
+
+    return before.ndim > 1 and min(before.flatten(1).shape) > 1 and skew(after) < 1e-3 < skew(before)
+
+
 class EncoderExtractor(BaseFeaturesExtractor):
     """An encoder as SB3's features extractor; `policy_kwargs` fills in the arguments.
 
@@ -271,12 +361,18 @@ class EncoderExtractor(BaseFeaturesExtractor):
     optimiser, target network updates, training mode) cannot reach it. In the tree stands a fingerprint of its weights,
     so that parameters learnt on one encoder cannot be loaded into a policy with another.
 
+    Weights that should not have changed are compared with the pre-trained ones: all of them when `learn` starts, before
+    the first update and at `save`, as long as nothing has trained them; those of frozen layers at any time.
+
     Args:
         observation_space: As the policy has it, transposed or not.
         config: `Encoder.config`.
         weights: Pre-trained weights (safetensors); None for an encoder to be trained from scratch.
         frozen: Whether the weights stay as they are.
-        lr_scale: Multiple of the learning rate at which a `ScaledRates` optimiser trains the encoder.
+        freeze: How many of the lowest layer groups stay as they are, to begin with.
+        lr_scale: Multiple of the learning rate at which an `EncoderGroup` optimiser trains the encoder.
+        weight_decay: Of the encoder in such an optimiser; None leaves it that of the other parameters.
+        anchor: Strength at which such an optimiser draws the encoder to the pre-trained weights.
         shift: Pixels by which pictures are shifted at random in training mode, in which SB3 updates the policy.
 
     Raises:
@@ -286,6 +382,8 @@ class EncoderExtractor(BaseFeaturesExtractor):
 
     encoder: Encoder
     fingerprint: Tensor
+    frozen_groups: Tensor | None
+    """How many layer groups are frozen, among the parameters so that it is saved with them; None where none ever is."""
 
     def __init__(
         self,
@@ -293,7 +391,10 @@ class EncoderExtractor(BaseFeaturesExtractor):
         config: Mapping[str, Any],
         weights: bytes | None = None,
         frozen: bool = False,
+        freeze: int = 0,
         lr_scale: float = 1.0,
+        weight_decay: float | None = None,
+        anchor: float = 0.0,
         shift: int = 0,
     ) -> None:
         if frozen and weights is None:
@@ -303,39 +404,63 @@ class EncoderExtractor(BaseFeaturesExtractor):
         self._reorder = reordering(observation_space, encoder.observation_space)
         self._augment = Augment(encoder.observation_space, shift)
         self._pretrained, self._frozen = weights is not None, frozen
-        self._checked_at: int | None = None
-        self._digest = encoder.digest() if weights is not None else None
+        self._reference = weights
+        """What the weights have to equal while they may not change."""
+        self._seen = self._trained = self._looked = False
+        self._n_writes = 0
+        self.initially_frozen = freeze
         if frozen:
             object.__setattr__(self, "encoder", encoder.eval().requires_grad_(False))
             self.register_buffer("fingerprint", torch.tensor(list(bytes.fromhex(encoder.digest()))))
-        else:
-            self.encoder = encoder
-            for parameter in encoder.parameters():
-                parameter.lr_scale = lr_scale  # type: ignore[attr-defined]
+            return
+        self.encoder = encoder
+        self.register_load_state_dict_post_hook(EncoderExtractor._after_load)
+        for parameter in encoder.parameters():
+            for name, value in {"lr_scale": lr_scale, "weight_decay": weight_decay, "anchor": anchor}.items():
+                setattr(parameter, name, value)
+        self.register_buffer("frozen_groups", torch.tensor(freeze) if freeze else None)
+        if freeze:
+            self.freeze(freeze)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the encoder, or some of it, may learn, now or later."""
+        return not self._frozen
+
+    def freeze(self, n: int) -> None:
+        """Freezes the `n` lowest layer groups of an encoder that is fine-tuned, and lets the others learn."""
+        cast(Tensor, self.frozen_groups).fill_(n)
+        for i, group in enumerate(self.encoder.layer_groups()):
+            group.requires_grad_(i >= n).train(self.training and i >= n)
+
+    def train(self: E, mode: bool = True) -> E:
+        """Sets training mode, which leaves frozen layers alone: their batch normalisation and dropout must not move."""
+        # SB3 does this when it starts to collect (off) and to update (on), and of target networks once (off).
+        if mode and not self._trained:
+            self._compare(self._everything())
+            self._trained = True
+        super().train(mode)
+        for group in self._frozen_layers():
+            group.eval()
+        if not mode:
+            self._guard()
+        return self
 
     def forward(self, obs: Tree) -> Tensor:
         """(N, ...) observations as SB3 preprocesses them -> (N, D) features.
 
         Raises:
-            WeightsChangedError: Something has changed the weights: before the first call, or frozen ones at any time.
+            WeightsChangedError: Something has changed weights that nothing may change.
             SpaceError: On the first call, if something has scaled the observations.
         """
         obs = tree_map(lambda reorder, x: reorder(x), self._reorder, _undo_one_hot(obs, self._observation_space))
-        # torch counts the writes to a tensor. Those to an encoder that is trained along are meant to be.
-        tensors = [*self.encoder.parameters(), *self.encoder.buffers()] if self._frozen else []
-        n_writes = sum(tensor._version for tensor in tensors)
-        if n_writes != self._checked_at:
-            self._check(obs)
-            self._checked_at = n_writes
+        self._guard()
+        if not self._looked:
+            self._check_raw(obs)
+            self._looked = True
         return self.encoder(self._augment(obs) if self.training else obs)
 
-    def _check(self, obs: Tree) -> None:
-        if self._digest is not None and self.encoder.digest() != self._digest:
-            raise WeightsChangedError(
-                "something changed the pre-trained weights, though they are frozen or not yet trained: most likely a "
-                "policy class or a script that initialises every layer of the policy anew. Do that before the encoder "
-                "is built, or leave the features extractor out of it."
-            )
+    def _check_raw(self, obs: Tree) -> None:
         for x, space in zip(tree_leaves(obs), spaces.leaves(self.encoder.observation_space).values(), strict=True):
             integers = np.issubdtype(cast(Any, space.dtype), np.integer)
             if integers and x.is_floating_point() and bool((x != x.round()).any()):
@@ -344,6 +469,48 @@ class EncoderExtractor(BaseFeaturesExtractor):
                     "pass normalize_images=False among the policy_kwargs, as rlrep.policy_kwargs does, and do not "
                     "scale them in a wrapper."
                 )
+
+    def _frozen_layers(self) -> list[nn.Module]:
+        if self._frozen:
+            return [self.encoder]
+        return self.encoder.layer_groups()[: int(self.frozen_groups)] if self.frozen_groups is not None else []
+
+    def _everything(self) -> dict[str, Tensor]:
+        return self.encoder.state_dict(keep_vars=True)
+
+    def _guarded(self) -> dict[str, Tensor]:
+        """Weights that nothing may have changed by now."""
+        if not self._seen:
+            return self._everything()
+        frozen = {id(x) for layer in self._frozen_layers() for x in (*layer.parameters(), *layer.buffers())}
+        return {name: x for name, x in self._everything().items() if id(x) in frozen} if frozen else {}
+
+    def _guard(self) -> None:
+        """Compares weights with what they were the first time, and later if torch says that they were written to."""
+        guarded = self._guarded()
+        n_writes = sum(x._version for x in guarded.values())
+        if not self._seen or n_writes != self._n_writes:
+            self._compare(guarded)
+            self._seen = True
+            self._n_writes = sum(x._version for x in self._guarded().values())
+
+    def _compare(self, weights: Mapping[str, Tensor]) -> None:
+        if self._reference is None:
+            return
+        before = load_safetensors(self._reference)
+        changed = {
+            name: (before[name].to(x.dtype), x.detach().cpu())
+            for name, x in weights.items()
+            if not self._same(before[name].to(x.dtype), x.detach().cpu())
+        }
+        if changed:
+            raise WeightsChangedError(_accuse(changed, {name for name, _ in self.encoder.named_parameters()}))
+
+    def _same(self, one: Tensor, other: Tensor) -> bool:
+        if self._frozen:
+            return torch.equal(one, other)
+        # The target network's copy of what is frozen is averaged with itself, and rounded.
+        return torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)
 
     def apply(self: E, fn: Callable[[nn.Module], None]) -> E:
         """Applies `fn` as any module does, except to pre-trained weights, which SB3 would initialise anew."""
@@ -363,10 +530,19 @@ class EncoderExtractor(BaseFeaturesExtractor):
                     "these parameters were learnt on the features of another frozen encoder; build the policy with "
                     "that encoder, or load the whole agent from its zip"
                 )
-        else:
-            # What is loaded replaces the pre-trained weights, and means to.
-            self._digest = None
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _after_load(self, _: Any) -> None:
+        """Takes what was loaded for what may not change: it replaces the pre-trained weights, and means to."""
+        if self.frozen_groups is not None:
+            self.freeze(int(self.frozen_groups))
+        if self._pretrained:
+            self._reference = _weights_of(self.encoder)
+            self._seen = self._trained = False
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._compare(self._guarded())
+        super()._save_to_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Names a frozen encoder, which is not among the modules that are printed."""

@@ -152,7 +152,7 @@ class Eager(ActorCriticPolicy):
 def test_weights_that_something_else_changed_are_an_error() -> None:
     kwargs = policy_kwargs(encoder_of("vector"), mode="finetune")
     model = PPO(Eager, venv_of("vector"), policy_kwargs=kwargs, n_steps=16, batch_size=32, device="cpu")
-    with pytest.raises(WeightsChangedError, match="changed the pre-trained weights"):
+    with pytest.raises(WeightsChangedError, match="pre-trained weights were changed"):
         model.learn(32)
 
 
@@ -167,7 +167,7 @@ def test_frozen_weights_cannot_be_reached_by_a_policy_that_initialises_every_lay
 def test_frozen_weights_changed_by_hand_are_an_error() -> None:
     model = build(PPO, venv_of("vector"), policy_kwargs(encoder_of("vector"), mode="frozen"))
     nn.init.zeros_(extractors(model)[0].encoder.head[0].weight)
-    with pytest.raises(WeightsChangedError, match="changed the pre-trained weights"):
+    with pytest.raises(WeightsChangedError, match="pre-trained weights were changed"):
         model.learn(32)
 
 
@@ -176,7 +176,7 @@ def test_frozen_weights_changed_between_two_calls_are_an_error(cls: type[BaseAlg
     model = build(cls, venv_of("vector", cls), policy_kwargs(encoder_of("vector"), cls, mode="frozen"))
     model.learn(40)
     nn.init.zeros_(extractors(model)[0].encoder.head[0].weight)
-    with pytest.raises(WeightsChangedError, match="changed the pre-trained weights"):
+    with pytest.raises(WeightsChangedError, match="pre-trained weights were changed"):
         model.learn(40)
 
 
@@ -531,7 +531,7 @@ def test_the_policy_may_be_called_cnn() -> None:
         ({"lr_scale": float("nan")}, "not positive"),
         ({"normalize_images": True}, "normalize_images"),
         ({"features_extractor_class": nn.Module}, "features_extractor_class"),
-        ({"optimizer_class": torch.optim.AdamW}, "ScaledRates"),
+        ({"optimizer_class": torch.optim.AdamW}, "EncoderGroup"),
         ({"algorithm": "trpo"}, "lr_scale=1"),
     ],
 )
@@ -548,11 +548,11 @@ def test_no_encoder_there(tmp_path: Path) -> None:
 
 
 def test_an_optimiser_of_ones_own() -> None:
-    class ScaledAdamW(sb3.ScaledRates, torch.optim.AdamW):
+    class GroupedAdamW(sb3.EncoderGroup, torch.optim.AdamW):
         pass
 
     kwargs = policy_kwargs(
-        encoder_of("vector"), optimizer_class=ScaledAdamW, optimizer_kwargs={"weight_decay": 0.5}, lr_scale=0.2
+        encoder_of("vector"), optimizer_class=GroupedAdamW, optimizer_kwargs={"weight_decay": 0.5}, lr_scale=0.2
     )
     optimizer = build(PPO, venv_of("vector"), kwargs).policy.optimizer
     assert sorted(group["lr_scale"] for group in optimizer.param_groups) == [0.2, 1.0]

@@ -127,6 +127,16 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         features = self(tree_map(lambda x: x.reshape(-1, *x.shape[len(leading) :]), obs))
         return features.reshape(*leading, self.features_dim)
 
+    def layer_groups(self) -> list[nn.Module]:
+        """Returns the layers from the observation up, which is the order in which fine-tuning freezes them.
+
+        Every parameter is in one group, and what a group computes depends on no group above it. Unless an encoder says
+        better, its children are groups, in the order of their assignment, and parameters of its own go with the lowest.
+        """
+        groups = [child for child in self.children() if any(True for _ in child.parameters())]
+        own = list(self.parameters(recurse=False))
+        return [nn.ModuleList([nn.ParameterList(own), *groups[:1]]), *groups[1:]] if own else groups
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

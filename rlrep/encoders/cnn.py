@@ -6,7 +6,7 @@ import torch
 from gymnasium.spaces import Space
 from torch import Tensor, nn
 
-from rlrep import spaces
+from rlrep import nets, spaces
 from rlrep.encoders.base import SMALLEST_PICTURE, Encoder, encoders
 from rlrep.registry import SpecError
 from rlrep.types import SpaceError
@@ -22,14 +22,18 @@ class Convolutional(Encoder):
 
     kinds = ("picture",)
 
-    convolutions: nn.Module
+    convolutions: nn.Sequential
     head: nn.Module
 
     def __init__(self, observation_space: Space, features_dim: int) -> None:
         super().__init__(observation_space, features_dim)
         self._channels_last = spaces.channels_last(observation_space)  # type: ignore[arg-type]
 
-    def finish(self, convolutions: nn.Module, spatial: bool) -> None:
+    def layer_groups(self) -> list[nn.Module]:
+        """Returns every convolution or residual block, and the last layer."""
+        return [*nets.trainable(self.convolutions), self.head]
+
+    def finish(self, convolutions: nn.Sequential, spatial: bool) -> None:
         """Sets the convolutions, and a head that suits the map they make."""
         self.convolutions = convolutions
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -43,6 +44,12 @@ class Dict(Encoder):
         # A list, since a ModuleDict refuses keys such as "keys" or "arm.angle".
         self.parts = nn.ModuleList(make_encoder(specs.get(key, "auto"), sub) for key, sub in subspaces.items())
         self.head = nets.head(sum(cast(Encoder, part).features_dim for part in self.parts), features_dim)
+
+    def layer_groups(self) -> list[nn.Module]:
+        """Returns the first layers of all keys together, then the second ones and so on, and the layer that mixes."""
+        parts = [cast(Encoder, part).layer_groups() for part in self.parts]
+        levels = itertools.zip_longest(*parts)
+        return [*(nn.ModuleList(group for group in level if group is not None) for level in levels), self.head]
 
     def forward(self, obs: Tree) -> Tensor:
         """A dict of (N, *shape) -> (N, D)."""

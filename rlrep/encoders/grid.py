@@ -6,7 +6,7 @@ import torch
 from gymnasium.spaces import Space
 from torch import Tensor, nn
 
-from rlrep import spaces
+from rlrep import nets, spaces
 from rlrep.encoders.base import Encoder, encoders
 from rlrep.registry import SpecError
 
@@ -62,6 +62,10 @@ class Grid(Encoder):
         convolutions = [nn.Conv2d(width, width, 3, padding=1) for _ in range(depth)]
         self.convolutions = nn.Sequential(*(layer for each in convolutions for layer in (each, nn.ReLU())))
         self.head = self.head_over((width, height, width_cells), spatial)
+
+    def layer_groups(self) -> list[nn.Module]:
+        """Returns the embedding, every convolution, and the last layer."""
+        return [self.embedding, *nets.trainable(self.convolutions), self.head]
 
     def forward(self, obs: Tensor) -> Tensor:
         """(N, H, W, 3k) symbols -> (N, D)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gymnasium.spaces import Space
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlrep import nets, spaces
 from rlrep.encoders.base import Encoder, encoders
@@ -28,6 +28,10 @@ class MLP(Encoder):
         self.flatten = spaces.Flatten(observation_space)
         self.layers = nets.mlp([spaces.flat_dim(observation_space), *hidden])
         self.head = nets.head(hidden[-1] if hidden else spaces.flat_dim(observation_space), features_dim)
+
+    def layer_groups(self) -> list[nn.Module]:
+        """Returns every linear layer."""
+        return [*nets.trainable(self.layers), self.head]
 
     def forward(self, obs: Tensor) -> Tensor:
         """(N, *shape) -> (N, D)."""

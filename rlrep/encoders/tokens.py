@@ -34,6 +34,10 @@ class Tokens(Encoder):
         self.convolutions = nn.Sequential(nn.Conv1d(width, width, 3, padding=1), *more)
         self.head = nets.head(width, features_dim)
 
+    def layer_groups(self) -> list[nn.Module]:
+        """Returns the embedding, every convolution, and the last layer."""
+        return [self.embedding, *nets.trainable(self.convolutions), self.head]
+
     def forward(self, obs: Tensor) -> Tensor:
         """(N, L) tokens -> (N, D)."""
         words = self.convolutions(self.embedding(obs.long()).transpose(1, 2))

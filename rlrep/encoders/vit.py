@@ -60,6 +60,11 @@ class ViT(Encoder):
         self.transformer = nets.Transformer(depth, width, heads)
         self.head = self.head_over((width, rows, columns), spatial)
 
+    def layer_groups(self) -> list[nn.Module]:
+        """Returns the embeddings of patches and places, every block, and what stands over the blocks."""
+        bottom = nn.ModuleList([self.embed, nn.ParameterList([self.position])])
+        return [bottom, *self.transformer.blocks, nn.ModuleList([self.transformer.normalise, self.head])]
+
     def forward(self, obs: Tensor) -> Tensor:
         """(N, H, W, C) or (N, C, H, W) pixels in 0..255, or (N, H, W, 3k) symbols -> (N, D)."""
         if self._board:
