@@ -13,6 +13,7 @@ from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import report
 from rlrep.explore import Bonus
+from rlrep.export import export
 from rlrep.finetune import finetune
 from rlrep.latent import LatentVecEnv
 from rlrep.objectives import Objective, make_objective
@@ -39,6 +40,7 @@ __all__ = [
     "Transition",
     "Unfreeze",
     "collect",
+    "export",
     "finetune",
     "load_encoder",
     "load_recipe",

@@ -23,6 +23,7 @@ from rlrep.evaluate import exploration
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import report
 from rlrep.explore import explorers
+from rlrep.export import export
 from rlrep.finetune import finetune
 from rlrep.objectives import objectives
 from rlrep.pretrain import pretrain
@@ -136,6 +137,26 @@ class ReportCommand:
     def __call__(self) -> None:
         """Reports."""
         report(self.runs, out=self.out, threshold=self.threshold)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportCommand:
+    """Write a trained agent as one file that takes raw observations: a zip for Stable-Baselines3, or ONNX."""
+
+    agent: Positional[Path]
+    """The zip that the agent's `save` wrote. It is unpickled: name only one that you trust."""
+    out: Path
+    """The file, .zip or .onnx."""
+    encoder: str | None = None
+    """Folder or URL of the encoder on whose features the agent was trained; none if it has it inside."""
+    algorithm: str | None = None
+    """Its class, such as ppo; found from what is in the zip unless given."""
+    overwrite: bool = False
+    """Replace the file."""
+
+    def __call__(self) -> None:
+        """Exports."""
+        print(export(**vars(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,6 +370,7 @@ def _commands(args: Sequence[str]) -> Any:
         Annotated[FinetuneCommand, subcommand("finetune")],
         Annotated[ProbeCommand, subcommand("probe")],
         Annotated[ReportCommand, subcommand("report")],
+        Annotated[ExportCommand, subcommand("export")],
         run_command,
         Annotated[ListCommand, subcommand("list")],
         Annotated[DataCommand, subcommand("data")],

@@ -26,6 +26,7 @@ from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.latent import LatentVecEnv
 from rlrep.registry import nearest
 from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs
+from rlrep.transfer import Auxiliary, Unfreeze
 from rlrep.types import RunError
 
 SCORES, FAILURES = "scores.jsonl", "failures.jsonl"
@@ -49,12 +50,21 @@ class Arm:
     untrained encoder; `frozen` on those of the pre-trained one, computed once a step; `finetune` trains the pre-trained
     encoder along, at `lr_scale` times the policy's rate; `augment` is `scratch` on pictures that are shifted at random
     by up to `shift` pixels in every update: what pre-training has to beat, and often does not (arXiv:2205.07886).
+
+    `freeze`, `weight_decay` and `anchor` are for `finetune`, as `rlrep.policy_kwargs` takes them; `unfreeze_at` and
+    `unfreeze_every` are those of `rlrep.Unfreeze`, and `auxiliary` are objectives for `rlrep.Auxiliary`.
     """
 
     name: str
     kind: Kind
     lr_scale: float = 0.1
     shift: int = 4
+    freeze: int | Literal["all"] = 0
+    weight_decay: float | None = None
+    anchor: float = 0.0
+    unfreeze_at: int | None = None
+    unfreeze_every: int | None = None
+    auxiliary: list[str | Mapping[str, Any]] = dataclasses.field(default_factory=list)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Constructor arguments of the algorithm, over those all arms share."""
 
@@ -74,6 +84,21 @@ class Arm:
                 f"The kinds are: {', '.join(KINDS)}; an arm of another name says which with 'kind'"
             )
         return cls(**given)
+
+    @property
+    def transfer(self) -> dict[str, Any]:
+        """How the encoder learns, for `policy_kwargs`."""
+        names = ("lr_scale", "freeze", "weight_decay", "anchor")
+        return {name: getattr(self, name) for name in names} if self.kind == "finetune" else {}
+
+    def callbacks(self) -> list[BaseCallback]:
+        """Returns what changes the encoder's training on the way."""
+        found: list[BaseCallback] = []
+        if self.unfreeze_at is not None:
+            found.append(Unfreeze(self.unfreeze_at, self.unfreeze_every))
+        if self.auxiliary:
+            found.append(Auxiliary(self.auxiliary))
+        return found
 
     @property
     def pretrained(self) -> bool:
@@ -101,6 +126,12 @@ def parse_arms(arms: Sequence[str | Mapping[str, Any]], algorithm: str, settings
         check_settings(cls, {**settings, **arm.settings})
         if not arm.lr_scale > 0:
             raise ValueError(f"lr_scale={arm.lr_scale} of arm {arm.name!r} is not positive; 'frozen' does not learn")
+        tuned = arm.freeze or arm.weight_decay is not None or arm.anchor or arm.callbacks()
+        if tuned and arm.kind != "finetune":
+            raise ValueError(
+                f"arm {arm.name!r} says how a pre-trained encoder learns, which it does in 'finetune' only, not in "
+                f"{arm.kind!r}"
+            )
     return parsed
 
 
@@ -178,6 +209,9 @@ def finetune(
             )
     if pretrained is not None:
         spaces.check_same(space, pretrained.observation_space, "this encoder was made for observations")
+        for arm in parsed:
+            if arm.kind == "finetune":
+                policy_kwargs(pretrained, algorithm, **arm.transfer)
     record = {
         "env": str(spec),
         "algorithm": algorithm,
@@ -268,7 +302,7 @@ def _run_job(job: Mapping[str, Any], send: Send) -> None:
     model, evaluation = _build(arm, job, first_seed)
     callback = _Evaluate(job, evaluation, first_seed + SEED_STRIDE, send)
     try:
-        model.learn(job["steps"], callback=callback)
+        model.learn(job["steps"], callback=[callback, *arm.callbacks()])
     finally:
         evaluation.close()
     callback.score(last=True)
@@ -292,7 +326,7 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
     else:
         mode: Literal["finetune", "scratch"] = "finetune" if arm.pretrained else "scratch"
         shift = arm.shift if arm.kind == "augment" else 0
-        extra = policy_kwargs(encoder, job["algorithm"], mode=mode, lr_scale=arm.lr_scale, shift=shift, **extra)
+        extra = policy_kwargs(encoder, job["algorithm"], mode=mode, shift=shift, **arm.transfer, **extra)
         policy = "MultiInputPolicy" if spaces.kind(env.observation_space) == "dict" else "MlpPolicy"
     algorithm = get_algorithm(job["algorithm"])
     model = algorithm(policy, env, seed=job["seed"], policy_kwargs=extra, device=job["device"], **settings)

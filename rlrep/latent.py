@@ -65,6 +65,8 @@ class LatentVecEnv(VecEnvWrapper):
         self._reorder = reordering(venv.observation_space, encoder.observation_space)
         self.encoder = copy.deepcopy(encoder).to(get_device(device)).eval().requires_grad_(False)
         features = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
+        # SB3 saves the space with the agent, which can then be told from one of another encoder.
+        features.encoder_digest = self.encoder.digest()  # type: ignore[attr-defined]
         super().__init__(venv, observation_space=features)
         self._memory = _Memory(encoder.features_dim, memory) if memory else None
 

@@ -23,6 +23,7 @@ from safetensors.torch import save as save_safetensors
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
@@ -223,6 +224,8 @@ def policy_kwargs(
             that would undo the pre-training.
     """
     cls = get_algorithm(algorithm)
+    if freeze and _is_trpo(cls):
+        raise ValueError("TRPO differentiates by every parameter, and can leave none frozen, but in mode='frozen'")
     if mode not in get_args(Mode):
         modes = ", ".join(get_args(Mode))
         raise ValueError(f"there is no mode {mode!r}.{nearest(str(mode), get_args(Mode))} The modes are: {modes}.")
@@ -269,6 +272,10 @@ def policy_kwargs(
     }
 
 
+def _is_trpo(cls: type[BaseAlgorithm]) -> bool:
+    return "trpo" in algorithms() and issubclass(cls, algorithms()["trpo"])
+
+
 def _actor_and_critic(cls: type[BaseAlgorithm]) -> bool:
     """Whether actor and critic each have an optimiser, and could share an extractor that only one of them trains."""
     if not issubclass(cls, OffPolicyAlgorithm):
@@ -279,7 +286,7 @@ def _actor_and_critic(cls: type[BaseAlgorithm]) -> bool:
 def _own_optimizer(cls: type[BaseAlgorithm], extra: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the optimiser, and its settings, that treat the encoder as a group of its own."""
     names = [name for name, known in algorithms().items() if issubclass(cls, known)]
-    if "trpo" in names:
+    if _is_trpo(cls):
         raise ValueError(
             "TRPO's steps have no learning rate and no weight decay, so the encoder cannot have its own, nor an "
             "anchor: pass lr_scale=1 without them, or mode='frozen'"
@@ -453,12 +460,16 @@ class EncoderExtractor(BaseFeaturesExtractor):
             WeightsChangedError: Something has changed weights that nothing may change.
             SpaceError: On the first call, if something has scaled the observations.
         """
-        obs = tree_map(lambda reorder, x: reorder(x), self._reorder, _undo_one_hot(obs, self._observation_space))
+        obs = self.raw(obs)
         self._guard()
         if not self._looked:
             self._check_raw(obs)
             self._looked = True
         return self.encoder(self._augment(obs) if self.training else obs)
+
+    def raw(self, obs: Tree) -> Tree:
+        """Returns observations as the encoder takes them, from what SB3 preprocessed."""
+        return tree_map(lambda reorder, x: reorder(x), self._reorder, _undo_one_hot(obs, self._observation_space))
 
     def _check_raw(self, obs: Tree) -> None:
         for x, space in zip(tree_leaves(obs), spaces.leaves(self.encoder.observation_space).values(), strict=True):
@@ -569,6 +580,15 @@ def _transposed(space: Space) -> Space | None:
     return gym_spaces.Box(low, high, dtype=cast(Any, space.dtype))
 
 
+def shown_by_sb3(space: Space) -> Space:
+    """Returns `space` as SB3 shows it to a policy: transposed, where it takes it for a picture."""
+    if isinstance(space, gym_spaces.Dict):
+        return gym_spaces.Dict([(key, shown_by_sb3(sub)) for key, sub in space.items()])
+    if isinstance(space, gym_spaces.Box) and is_image_space(space) and not is_image_space_channels_first(space):
+        return cast(Space, _transposed(space))
+    return space
+
+
 def reordering(seen: Space, expected: Space, path: str = "") -> Tree:
     """Returns a function for each leaf that gives a tensor of `seen` the axes of `expected`.
 
@@ -598,7 +618,7 @@ def _undo_one_hot(obs: Tree, space: Space) -> Tree:
         return {key: _undo_one_hot(obs[key], sub) for key, sub in space.spaces.items()}
     if isinstance(space, gym_spaces.Discrete):
         # (N, n) from the environment, (N, 1, n) from a buffer.
-        return obs.reshape(len(obs), -1).argmax(dim=1)
+        return obs.flatten(1).argmax(dim=1)
     if isinstance(space, gym_spaces.MultiDiscrete):
         return torch.stack([part.argmax(dim=1) for part in obs.split(space.nvec.tolist(), dim=1)], dim=1)
     return obs

@@ -121,12 +121,12 @@ class Flatten(nn.Module):
         """(N, *shape) raw -> (N, flat_dim) float."""
         space = self.space
         if isinstance(space, spaces.Discrete):
-            return nn.functional.one_hot(obs.long().reshape(len(obs)) - int(space.start), int(space.n)).float()
+            return nn.functional.one_hot(obs.long().flatten() - int(space.start), int(space.n)).float()
         if isinstance(space, spaces.MultiDiscrete):
-            index = obs.long().reshape(len(obs), -1) - torch.as_tensor(space.start, device=obs.device).reshape(-1)
+            index = obs.long().flatten(1) - torch.as_tensor(space.start, device=obs.device).reshape(-1)
             sizes = space.nvec.reshape(-1).tolist()
             return torch.cat([nn.functional.one_hot(index[:, i], n) for i, n in enumerate(sizes)], dim=1).float()
-        x = obs.reshape(len(obs), -1).float()
+        x = obs.flatten(1).float()
         if isinstance(space, spaces.MultiBinary):
             return x
         if self._bounded:

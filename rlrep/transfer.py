@@ -89,17 +89,17 @@ class Unfreeze(BaseCallback):
 class Auxiliary(BaseCallback):
     """Trains the encoder by reward-free objectives too, on what the agent itself sees.
 
-    At each gradient step that moves the encoder, the gradient of `weight` x objective joins that of the algorithm's own
-    loss, once SB3 has clipped the latter: rate, weight decay, anchor and frozen layers are those that `policy_kwargs`
-    set. Segments are drawn from the replay buffer, or from the latest rollout, never across the end of an episode. What
-    the objective has beside the encoder learns at the policy's rate, by Adam, and is not saved with the agent. Where
-    actor and critic have an encoder each, each has its own objective. What the agent draws at random stays as it was.
+    At each gradient step that moves the encoder, the objectives' gradient joins that of the algorithm's own loss, once
+    SB3 has clipped the latter: rate, weight decay, anchor and frozen layers are those that `policy_kwargs` set.
+    Segments are drawn from the replay buffer, or from the latest rollout, never across the end of an episode. What an
+    objective has beside the encoder learns at the policy's rate, by Adam, and is not saved with the agent. Where actor
+    and critic have an encoder each, each has its own objectives. What the agent draws at random stays as it was.
 
     As in UNREAL (Jaderberg et al. 2016, arXiv:1611.05397) and SPR (Schwarzer et al. 2021, arXiv:2007.05929).
 
     Args:
-        objectives: `"spr"`, `["ae", "inverse:weight=0.5"]`: as `rlrep.pretrain` takes them.
-        weight: Of their sum, the algorithm's own loss having 1.
+        objectives: `"spr:weight=0.1"`, `["ae", "inverse:weight=0.5"]`: as `rlrep.pretrain` takes them, their weights
+            beside that of the algorithm's own loss, 1.
         batch_size: Segments for each gradient step.
         every: Gradient steps from one that has the objective to the next.
 
@@ -113,16 +113,13 @@ class Auxiliary(BaseCallback):
     def __init__(
         self,
         objectives: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
-        weight: float = 1.0,
         batch_size: int = 64,
         every: int = 1,
     ) -> None:
         super().__init__()
-        if not 0 < weight < math.inf:
-            raise ValueError(f"weight must be positive and finite, not {weight}")
         if batch_size < 1 or every < 1:
             raise ValueError(f"batch_size and every must be at least 1, not {batch_size} and {every}")
-        self.objectives, self.weight, self.batch_size, self.every = objectives, weight, batch_size, every
+        self.objectives, self.batch_size, self.every = objectives, batch_size, every
 
     def _on_training_start(self) -> None:
         extractors = _trainable(self.model, "train")
@@ -195,6 +192,10 @@ class _Learner:
     def _seed(self, step: int) -> int:
         return int(np.random.SeedSequence([*self.seed, step]).generate_state(1)[0])
 
+    def turned(self, obs: Tree) -> Tree:
+        """Returns observations with the axes that the encoder knows."""
+        return tree_map(lambda turn, x: turn(x), self.reorder, obs)
+
     def detach(self) -> None:
         """Leaves the optimiser as it was."""
         for hook in self.hooks:
@@ -213,7 +214,7 @@ class _Learner:
         batch = self.callback.draw(self.objective.span, np.random.default_rng(seed))
         if batch is None:
             return
-        batch = dataclasses.replace(batch, obs=tree_map(lambda turn, x: turn(x), self.reorder, batch.obs))
+        batch = dataclasses.replace(batch, obs=self.turned(batch.obs))
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
             loss, metrics = self.objective(batch.to(self.callback.model.device))
@@ -223,7 +224,7 @@ class _Learner:
                 )
             if self.own_optimizer is not None:
                 self.own_optimizer.zero_grad()
-            (self.callback.weight * loss).backward()
+            loss.backward()
         if self.own_optimizer is not None:
             for group in self.own_optimizer.param_groups:
                 group["lr"] = self.optimizer.param_groups[0]["lr"]

@@ -9,12 +9,15 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3 import DQN, PPO, SAC
+from sb3_contrib import QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import nn
 
 from rlrep.encoders import Encoder, make_encoder
+from rlrep.objectives import Objective
+from rlrep.types import Batch
 
 SPACES: dict[str, spaces.Space] = {
     "picture": spaces.Box(0, 255, (36, 40, 3), np.uint8),
@@ -32,14 +35,33 @@ SPACES: dict[str, spaces.Space] = {
     ),
 }
 
-SPECS = {"picture": "nature:features_dim=16,width=4", "grid": "grid:features_dim=16,width=4"}
+SPECS: dict[str, Any] = {
+    "picture": "nature:features_dim=16,width=4",
+    "grid": "grid:features_dim=16,width=4",
+    "vector": "mlp:features_dim=16,hidden=[32]",
+    "dict": {"name": "dict", "features_dim": 16, "keys": {"image": "grid:features_dim=16,width=4"}},
+}
 
+ROLLOUT: dict[str, Any] = {"n_steps": 16, "batch_size": 32, "n_epochs": 1}
+REPLAY: dict[str, Any] = {"learning_starts": 16, "buffer_size": 200, "batch_size": 8}
 SETTINGS: dict[type[BaseAlgorithm], dict[str, Any]] = {
-    PPO: {"n_steps": 16, "batch_size": 32, "n_epochs": 1},
-    DQN: {"learning_starts": 16, "buffer_size": 200, "batch_size": 8},
-    SAC: {"learning_starts": 16, "buffer_size": 200, "batch_size": 8},
+    PPO: ROLLOUT,
+    A2C: {"n_steps": 16},
+    RecurrentPPO: ROLLOUT,
+    MaskablePPO: ROLLOUT,
+    TRPO: {"n_steps": 16, "batch_size": 32, "n_critic_updates": 1},
+    DQN: REPLAY,
+    QRDQN: REPLAY | {"train_freq": 4},
+    SAC: REPLAY,
+    TD3: REPLAY,
+    DDPG: REPLAY,
+    TQC: REPLAY,
+    CrossQ: REPLAY,
 }
 """Two environments: PPO makes one step of its optimiser every 32 steps, DQN one every 8, SAC one every 2."""
+
+CONTINUOUS = (SAC, TD3, DDPG, TQC, CrossQ)
+"""Those that know no other actions."""
 
 
 class Noise(gym.Env[Any, Any]):
@@ -64,6 +86,10 @@ class Noise(gym.Env[Any, Any]):
         reward = float(np.abs(action).sum()) - 1
         return self.observe(), reward, self.steps == self.length, False, {}
 
+    def action_masks(self) -> np.ndarray:
+        """MaskablePPO asks for them."""
+        return np.ones(3, bool)
+
     def observe(self) -> Any:
         self.last = self.observation_space.sample()
         return self.last
@@ -83,6 +109,43 @@ class Rooms(Noise):
         return self.last
 
 
+class Diary(gym.Env[Any, Any]):
+    """Observations say where they belong: (environment, episode, step), and each action is written down.
+
+    Every third episode is cut by time, the others end by themselves.
+    """
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+    def __init__(self, index: int, action_space: spaces.Space) -> None:
+        self.index, self.action_space = index, action_space
+        self.episode = -1
+        self.actions: dict[tuple[int, int], Any] = {}
+
+    def length(self, episode: int) -> int:
+        return 1 + (3 * episode + self.index) % 5
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.episode, self.steps = self.episode + 1, 0
+        return self.observe(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.actions[self.episode, self.steps] = action
+        self.steps += 1
+        end = self.steps == self.length(self.episode)
+        return self.observe(), 0.0, end and self.episode % 3 > 0, end and self.episode % 3 == 0, {}
+
+    def observe(self) -> np.ndarray:
+        return np.array([self.index, self.episode, self.steps], np.float32)
+
+
+class Shrink(Objective):
+    """Small features, and nothing of its own to learn."""
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.features(batch, 1).square().mean(), {}
+
+
 class Shaky(Encoder):
     """Has what reacts to training mode: batch normalisation and dropout."""
 
@@ -99,7 +162,7 @@ class Shaky(Encoder):
 
 def venv_of(space: str | spaces.Space, cls: type[BaseAlgorithm] = PPO, n: int = 2, env: type[Noise] = Noise) -> VecEnv:
     """Environments with the actions that `cls` can take, whose episodes have 5, 6, ... steps."""
-    venv = DummyVecEnv([lambda length=5 + i: env(space, cls is SAC, length) for i in range(n)])
+    venv = DummyVecEnv([lambda length=5 + i: env(space, cls in CONTINUOUS, length) for i in range(n)])
     venv.seed(0)
     return venv
 
@@ -107,7 +170,9 @@ def venv_of(space: str | spaces.Space, cls: type[BaseAlgorithm] = PPO, n: int = 
 def encoder_of(space: str | spaces.Space, seed: int = 7) -> Encoder:
     """An encoder whose weights no initialisation would give: a stand-in for a pre-trained one."""
     torch.manual_seed(seed)
-    encoder = make_encoder(SPECS.get(str(space), "auto"), SPACES[space] if isinstance(space, str) else space)
+    encoder = make_encoder(
+        SPECS.get(str(space), "auto:features_dim=16"), SPACES[space] if isinstance(space, str) else space
+    )
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -116,6 +181,7 @@ def encoder_of(space: str | spaces.Space, seed: int = 7) -> Encoder:
 
 def build(cls: type[BaseAlgorithm], venv: VecEnv, policy_kwargs: dict[str, Any], **settings: Any) -> BaseAlgorithm:
     policy = "MultiInputPolicy" if isinstance(venv.observation_space, spaces.Dict) else "MlpPolicy"
+    policy = policy.replace("Policy", "LstmPolicy") if cls is RecurrentPPO else policy
     settings = {**SETTINGS[cls], **settings}
     return cls(policy, venv, policy_kwargs=policy_kwargs, seed=0, device="cpu", **settings)
 

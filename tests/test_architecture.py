@@ -28,7 +28,7 @@ TIERS = [
     ["objectives", "sb3"],
     ["explore", "latent", "transfer"],
     ["evaluate", "intrinsic"],
-    ["collect", "pretrain", "finetune"],
+    ["collect", "pretrain", "finetune", "export"],
     ["recipe"],
     ["cli"],
     ["__main__"],

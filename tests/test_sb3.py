@@ -14,6 +14,7 @@ from gymnasium import spaces
 from rlrep_envs import FrameStack
 from safetensors.torch import save
 from sb3_cases import (
+    SETTINGS,
     SPACES,
     Noise,
     Shaky,
@@ -39,7 +40,7 @@ from rlrep.registry import SpecError
 from rlrep.sb3 import EncoderAdam, EncoderExtractor, WeightsChangedError, algorithms, get_algorithm, policy_kwargs
 from rlrep.types import RlrepError, RunError, SpaceError
 
-ALGORITHMS = [PPO, DQN, SAC]
+ALGORITHMS = list(SETTINGS)
 RATE = {"trpo": 1.0}
 """Its steps have no learning rate that could be scaled."""
 

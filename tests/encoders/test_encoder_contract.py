@@ -365,3 +365,63 @@ def test_a_path_is_never_taken_for_a_repository(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RunError, match="hf://user/name"):
         load_encoder("hf://user/name")
     assert asked == ["user/name"]
+
+
+@every
+def test_layer_groups_are_all_there_is_from_the_observation_up(name: str, space: spaces.Space) -> None:
+    """Every parameter is in one group, and other weights in a group change nothing that is computed below it."""
+    encoder, obs = build(name, space).eval(), observations(space, 2)
+    groups = encoder.layer_groups()
+    held = [parameter for group in groups for parameter in group.parameters()]
+    assert len(groups) > 1
+    assert len(held) == len({id(parameter) for parameter in held})
+    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in encoder.parameters()}
+
+    made: dict[torch.nn.Module, torch.Tensor] = {}
+    for module in encoder.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda module, _, output: made.__setitem__(module, output))
+    encoder(obs)
+    for i, group in enumerate(groups):
+        before = dict(made)
+        with torch.no_grad():
+            for parameter in group.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        encoder(obs)
+        for below in groups[:i]:
+            for module in below.modules():
+                assert module not in made or torch.equal(made[module], before[module]), type(module)
+
+
+def test_layers_are_counted_one_by_one() -> None:
+    counts = {
+        "nature": ("hwc", 4),
+        "impala": ("hwc", 10),
+        "grid": ("board", 4),
+        "vit": ("board", 4),
+        "mlp": ("bits", 2),
+    }
+    for name, (label, n) in counts.items():
+        assert len(make_encoder(name, SPACES[label]).layer_groups()) == n, name
+    # The keys' layers go together: those of the camera and what mixes them in the nested dict, then what mixes all.
+    assert len(make_encoder("dict", SPACES["dict"]).layer_groups()) == 6
+
+
+class Plain(Encoder):
+    """Somebody's own, which says nothing of its layers."""
+
+    kinds = ("tokens",)
+
+    def __init__(self, observation_space: spaces.Space) -> None:
+        super().__init__(observation_space, 4)
+        self.top, self.shift = torch.nn.Linear(9, 4), torch.nn.Parameter(torch.ones(9))
+        self.activation = torch.nn.ReLU()
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.top(obs + self.shift))
+
+
+def test_children_are_layers_where_an_encoder_does_not_say() -> None:
+    encoder = Plain(WORDS)
+    (group,) = encoder.layer_groups()
+    assert {id(p) for p in group.parameters()} == {id(p) for p in encoder.parameters()}
