@@ -413,8 +413,9 @@ class EncoderExtractor(BaseFeaturesExtractor):
         self._pretrained, self._frozen = weights is not None, frozen
         self._reference = weights
         """What the weights have to equal while they may not change."""
-        self._seen = self._trained = self._looked = False
-        self._n_writes = 0
+        self._versions: dict[str, int] = {}
+        """How often torch had written to the weights when they were compared; empty before the first time."""
+        self._trained = self._looked = False
         self.initially_frozen = freeze
         if frozen:
             object.__setattr__(self, "encoder", encoder.eval().requires_grad_(False))
@@ -442,15 +443,12 @@ class EncoderExtractor(BaseFeaturesExtractor):
 
     def train(self: E, mode: bool = True) -> E:
         """Sets training mode, which leaves frozen layers alone: their batch normalisation and dropout must not move."""
-        # SB3 does this when it starts to collect (off) and to update (on), and of target networks once (off).
-        if mode and not self._trained:
-            self._compare(self._everything())
-            self._trained = True
         super().train(mode)
         for group in self._frozen_layers():
             group.eval()
+        # SB3 turns it off as `learn` starts.
         if not mode:
-            self._guard()
+            self._guard(self._guarded())
         return self
 
     def forward(self, obs: Tree) -> Tensor:
@@ -461,7 +459,9 @@ class EncoderExtractor(BaseFeaturesExtractor):
             SpaceError: On the first call, if something has scaled the observations.
         """
         obs = self.raw(obs)
-        self._guard()
+        first_update = not self._trained and self.training and torch.is_grad_enabled()
+        self._guard(self._everything() if first_update else self._guarded())
+        self._trained |= first_update
         if not self._looked:
             self._check_raw(obs)
             self._looked = True
@@ -491,19 +491,19 @@ class EncoderExtractor(BaseFeaturesExtractor):
 
     def _guarded(self) -> dict[str, Tensor]:
         """Weights that nothing may have changed by now."""
-        if not self._seen:
+        if not self._versions:
             return self._everything()
         frozen = {id(x) for layer in self._frozen_layers() for x in (*layer.parameters(), *layer.buffers())}
         return {name: x for name, x in self._everything().items() if id(x) in frozen} if frozen else {}
 
-    def _guard(self) -> None:
-        """Compares weights with what they were the first time, and later if torch says that they were written to."""
-        guarded = self._guarded()
-        n_writes = sum(x._version for x in guarded.values())
-        if not self._seen or n_writes != self._n_writes:
-            self._compare(guarded)
-            self._seen = True
-            self._n_writes = sum(x._version for x in self._guarded().values())
+    def _guard(self, weights: Mapping[str, Tensor]) -> None:
+        """Compares weights with what they were, the first time, and later if torch says that they were written to.
+
+        SB3's updates of target networks are none that torch counts.
+        """
+        if any(self._versions.get(name) != x._version for name, x in weights.items()):
+            self._compare(weights)
+            self._versions |= {name: x._version for name, x in weights.items()}
 
     def _compare(self, weights: Mapping[str, Tensor]) -> None:
         if self._reference is None:
@@ -549,7 +549,7 @@ class EncoderExtractor(BaseFeaturesExtractor):
             self.freeze(int(self.frozen_groups))
         if self._pretrained:
             self._reference = _weights_of(self.encoder)
-            self._seen = self._trained = False
+            self._versions, self._trained = {}, False
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._compare(self._guarded())

@@ -1,0 +1,138 @@
+"""An exported agent stands alone, takes raw observations, and does what the trained one does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sb3_cases import SETTINGS, SPACES, build, encoder_of, venv_of
+from sb3_contrib import RecurrentPPO
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecNormalize
+
+from rlrep import LatentVecEnv, export, policy_kwargs
+from rlrep.cli import main
+from rlrep.types import RlrepError, RunError, SpaceError, tree_map
+
+
+def on_features(cls: type[BaseAlgorithm], space: str, **kwargs: Any) -> BaseAlgorithm:
+    """An agent that was trained a little on features computed outside of it."""
+    model = build(cls, LatentVecEnv(venv_of(space, cls), encoder_of(space)), kwargs)
+    return model.learn(40)
+
+
+def observations(space: str, n: int = 5) -> Any:
+    SPACES[space].seed(3)
+    return tree_map(lambda *rows: np.stack(rows), *(SPACES[space].sample() for _ in range(n)))
+
+
+def features(space: str, obs: Any) -> np.ndarray:
+    return LatentVecEnv(venv_of(space), encoder_of(space))._features(obs)
+
+
+@pytest.mark.parametrize("cls", SETTINGS)
+def test_a_policy_of_cached_features_takes_raw_observations(cls: type[BaseAlgorithm], tmp_path: Path) -> None:
+    model = on_features(cls, "picture")
+    file = export(model, tmp_path / "agent.zip")
+    loaded = cls.load(file, env=venv_of("picture", cls), device="cpu")
+    obs = observations("picture")
+    expected = model.predict(features("picture", obs), deterministic=True)[0]
+    assert np.allclose(loaded.predict(obs, deterministic=True)[0], expected, atol=1e-5)
+    one = loaded.predict(obs[0], deterministic=True)[0]
+    assert np.allclose(one, expected[0], atol=1e-5)
+    # Its optimisers and their state came along.
+    loaded.learn(20)
+
+
+@pytest.mark.parametrize("space", ["grid", "dict", "discrete"])
+def test_other_observations(space: str, tmp_path: Path) -> None:
+    for cls in (PPO, DQN):
+        model = on_features(cls, space)
+        loaded = cls.load(export(model, tmp_path / f"{cls.__name__}.zip"), env=venv_of(space, cls), device="cpu")
+        obs = observations(space)
+        expected = model.predict(features(space, obs), deterministic=True)[0]
+        assert np.array_equal(loaded.predict(obs, deterministic=True)[0], expected)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "finetune"])
+def test_an_agent_with_its_encoder_inside_is_exported_as_it_is(mode: Any, tmp_path: Path) -> None:
+    model = build(PPO, venv_of("picture"), policy_kwargs(encoder_of("picture"), mode=mode)).learn(40)
+    loaded = PPO.load(export(model, tmp_path / "agent.zip"), device="cpu")
+    obs = observations("picture")
+    assert np.array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
+
+
+def test_from_files_by_the_command_line_into_a_process_that_knows_only_sb3(tmp_path: Path) -> None:
+    model = on_features(PPO, "picture")
+    model.save(tmp_path / "agent")
+    encoder_of("picture").save_pretrained(tmp_path / "encoder")
+    files = [str(tmp_path / name) for name in ("agent.zip", "whole.zip")]
+    command = ["export", files[0], "--encoder", str(tmp_path / "encoder"), "--out", files[1]]
+    assert main(command) == 0
+    assert main(command) == 1, "there is a file already"
+    assert main([*command, "--overwrite"]) == 0
+    obs = observations("picture")
+    np.save(tmp_path / "obs.npy", obs)
+    code = (
+        "import sys, numpy as np; from stable_baselines3 import PPO; folder = sys.argv[1];"
+        "print(PPO.load(folder + '/whole', device='cpu').predict(np.load(folder + '/obs.npy'), deterministic=True)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.strip() == str(model.predict(features("picture", obs), deterministic=True)[0]), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cls", "space", "mode"),
+    [(PPO, "picture", "finetune"), (SAC, "vector", "frozen"), (TD3, "grid", None), (DQN, "dict", None)],
+)
+def test_onnx_does_what_the_agent_does(cls: type[BaseAlgorithm], space: str, mode: Any, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    obs = observations(space)
+    if mode is None:
+        model = on_features(cls, space)
+        expected = model.predict(features(space, obs), deterministic=True)[0]
+    else:
+        model = build(cls, venv_of(space, cls), policy_kwargs(encoder_of(space), cls, mode=mode)).learn(40)
+        expected = model.predict(obs, deterministic=True)[0]
+    session = onnxruntime.InferenceSession(export(model, tmp_path / "agent.onnx"))
+    (action,) = session.run(["action"], obs if space == "dict" else {"obs": obs})
+    assert action.shape == expected.shape
+    assert np.allclose(action, expected, atol=1e-5)
+    kept = model.predict(features(space, obs) if mode is None else obs, deterministic=True)[0]
+    assert np.array_equal(kept, expected), "the agent itself was changed"
+
+
+def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, encoder = tmp_path / "out.zip", encoder_of("vector")
+    model = on_features(PPO, "vector")
+    model.save(tmp_path / "agent")
+    with pytest.raises(ValueError, match=r"neither a \.zip"):
+        export(model, tmp_path / "out.pt")
+    with pytest.raises(RlrepError, match="no encoder inside: name the one"):
+        export(tmp_path / "agent.zip", out)
+    with pytest.raises(SpaceError, match="trained on the features of an encoder with digest"):
+        export(tmp_path / "agent.zip", out, encoder=encoder_of("vector", seed=8))
+    with pytest.raises(SpaceError, match="the encoder gives features"):
+        export(build(PPO, venv_of("grid"), {}), out, encoder=encoder)
+    with pytest.raises(RlrepError, match="inside already"):
+        export(build(PPO, venv_of("vector"), policy_kwargs(encoder)), out, encoder=encoder)
+    with pytest.raises(SpaceError, match="VecNormalize"):
+        export(build(A2C, VecNormalize(LatentVecEnv(venv_of("vector"), encoder)), {}), out)
+    with pytest.raises(RlrepError, match="no file"):
+        export(tmp_path / "nowhere.zip", out)
+    recurrent = build(RecurrentPPO, venv_of("vector"), policy_kwargs(encoder, RecurrentPPO))
+    with pytest.raises(RlrepError, match="recurrent policy has a state"):
+        export(recurrent, tmp_path / "out.onnx")
+    out.touch()
+    with pytest.raises(RunError, match="exists"):
+        export(model, out)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'rlrep\[onnx\]'"):
+        export(model, tmp_path / "out.onnx")
+    assert not list(tmp_path.glob("*.onnx"))
