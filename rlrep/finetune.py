@@ -126,8 +126,9 @@ def parse_arms(arms: Sequence[str | Mapping[str, Any]], algorithm: str, settings
         check_settings(cls, {**settings, **arm.settings})
         if not arm.lr_scale > 0:
             raise ValueError(f"lr_scale={arm.lr_scale} of arm {arm.name!r} is not positive; 'frozen' does not learn")
-        tuned = arm.freeze or arm.weight_decay is not None or arm.anchor or arm.callbacks()
-        if tuned and arm.kind != "finetune":
+        if arm.unfreeze_at is not None and not arm.freeze:
+            raise ValueError(f"arm {arm.name!r} unfreezes layers, and freezes none: say freeze='all', or how many")
+        if (arm.callbacks() or arm.freeze or arm.weight_decay is not None or arm.anchor) and arm.kind != "finetune":
             raise ValueError(
                 f"arm {arm.name!r} says how a pre-trained encoder learns, which it does in 'finetune' only, not in "
                 f"{arm.kind!r}"

@@ -224,7 +224,9 @@ class _Learner:
                 )
             if self.own_optimizer is not None:
                 self.own_optimizer.zero_grad()
-            loss.backward()
+            # With all layers frozen, an objective that has nothing of its own teaches nobody.
+            if loss.requires_grad:
+                loss.backward()
         if self.own_optimizer is not None:
             for group in self.own_optimizer.param_groups:
                 group["lr"] = self.optimizer.param_groups[0]["lr"]

@@ -147,6 +147,24 @@ def test_bad_settings_cost_nothing(tmp_path: Path, change: dict, error: type, me
     assert not (tmp_path / "run").exists()
 
 
+def test_an_arm_says_how_its_encoder_learns(encoder: Encoder, tmp_path: Path) -> None:
+    arm = {"name": "gently", "kind": "finetune", "freeze": "all", "anchor": 0.01, "weight_decay": 1e-4}
+    arm |= {"unfreeze_at": 64, "unfreeze_every": 64, "auxiliary": ["inverse:weight=0.1"]}
+    for _ in range(2):
+        # The second call finds all of it done.
+        out = finetune(SPEC, encoder=encoder, out=tmp_path / "run", arms=[arm], seeds=(0,), **SMALL)
+    assert [row["last"] for row in read_jsonl(out / SCORES)] == [False, True]
+    for wrong, message in (
+        ({**arm, "kind": "frozen"}, "in 'finetune' only, not in 'frozen'"),
+        ({**arm, "freeze": 9}, "'grid' has 4, so 0 to 4"),
+        ({**arm, "unfreeze_at": -1}, "must not be negative"),
+        ({**arm, "freeze": 0}, "unfreezes layers, and freezes none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finetune(SPEC, encoder=encoder, out=tmp_path / "wrong", arms=[wrong], seeds=(0,), **SMALL)
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_an_encoder_for_other_observations_is_refused(encoder: Encoder, tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match="made for observations"):
         finetune("CartPole-v1", encoder=encoder, out=tmp_path / "run", **SMALL)
