@@ -8,7 +8,8 @@ import pytest
 from matplotlib.image import imread
 
 from rlrep import runs
-from rlrep.evaluate.report import report, summarise
+from rlrep.evaluate.report import report
+from rlrep.evaluate.summary import summarise
 from rlrep.types import RunError
 
 BUDGET, EVERY = 120_000, 10_000
@@ -213,7 +214,7 @@ def test_failed_and_unfinished_runs_are_listed_and_not_counted(make_run, capsys)
     text = (folder / "report.md").read_text()
     assert "**Not finished.**" in text
     assert "8 of 10 runs" in text
-    assert f"- {ENV}, `frozen`, seed 4: ValueError: loss is NaN \\| step 3" in text
+    assert f"- {ENV}, `frozen`, seed 4: ValueError: loss is NaN | step 3" in text
     every_run = text.split("## Every run")[1].split("##")[0]
     assert sum(line.startswith(f"| {ENV}") for line in every_run.splitlines()) == 10
     assert "1 failed and 1 unfinished of 10 runs" in " ".join(capsys.readouterr().out.split())
@@ -283,7 +284,7 @@ def test_several_tasks_are_pooled_as_shares_of_their_budgets(make_run, tmp_path)
     assert arm(summary, "frozen").steps.point == pytest.approx((40 + 40 + 50 * 4) / 6 / 120)
     assert arm(summary, "frozen").speed_up.low > 1
     assert "of the rewarded steps" in summary.answer
-    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["curves.png", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["curves.png", "report.html", "report.md"]
     assert "## All 2 tasks" in (tmp_path / "both" / "report.md").read_text()
     assert not (folders[0] / "report.md").exists()
 
@@ -303,7 +304,7 @@ def test_the_report_holds_what_it_promises(make_run, capsys, monkeypatch):
     record = json.loads((folder / "run.json").read_text())
     for part in (
         summary.answer,
-        "![Learning curves](curves.png)",
+        "](curves.png)",
         "300,000 environment steps without reward and 35 s of pre-training",
         record["provenance"]["command"],
         f"torch {record['provenance']['versions']['torch']}",
