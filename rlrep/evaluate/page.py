@@ -119,6 +119,8 @@ def to_svg(figure: Figure, alt: str) -> Markup:
     drawn = re.sub(r"<metadata>.*?</metadata>\s*", "", drawn, flags=re.DOTALL)
     # A style sheet in one picture would reach all of the page, which says it itself.
     drawn = re.sub(r"<style.*?</style>\s*", "", drawn, flags=re.DOTALL)
+    # Groups are named alike in every figure, and nothing refers to them.
+    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)
     drawn = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", lambda m: f"{m[1]}: {THEME.get(m[2], m[2])}", drawn)
     box = re.search(r'viewBox="0 0 ([\d.]+) [\d.]+"', drawn)
     assert box
