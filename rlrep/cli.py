@@ -149,7 +149,7 @@ class CompareCommand:
     """Put fine-tuning runs side by side: all their arms in one table, and what is different in their settings."""
 
     runs: Positional[tuple[Path, ...]]
-    """Folders of fine-tuning runs; those of one task are compared with one another."""
+    """Folders of fine-tuning runs, of one task."""
     out: Path | None = None
     """Where comparison.html, comparison.md and comparison.png go; nowhere unless given."""
     threshold: float | None = None

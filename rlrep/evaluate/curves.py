@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,6 +20,8 @@ from rlrep.evaluate.stats import Interval, Scores, iqm, performance_profile, str
 RESAMPLES = 2_000
 
 PROFILE_POINTS, PROFILE_RESAMPLES = 101, 1_000
+
+LETTERS_AN_INCH = 12
 
 COLOURS = {BASELINE: "#444444", CONTROL: "#b8860b"}
 OTHER_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#7b3fa0")
@@ -43,7 +46,7 @@ def draw(tasks: Sequence[Task]) -> Figure:
     named = {str(line.get_label()): line for ax in axes for line in ax.get_lines()}
     # Names that begin with an underscore are matplotlib's own.
     named = {name: line for name, line in named.items() if not name.startswith("_")}
-    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(len(named), 5), frameon=False)
+    _legend(figure, list(named.values()), list(named))
     figure.supxlabel(_caption(tasks), fontsize=7.5, color="#555555")
     return figure
 
@@ -143,8 +146,15 @@ def draw_profiles(arms: Sequence[ArmSummary], tasks: Sequence[Task]) -> Figure:
         ax.set_ylim(-0.03, 1.03)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
         _plain(ax, "y")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    _legend(figure, *axes[0].get_legend_handles_labels())
     return figure
+
+
+def _legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
+    # Some letters of room for each name, and for its line.
+    columns = int(figure.get_figwidth() * LETTERS_AN_INCH / (max(map(len, names), default=1) + 7))
+    ncols = max(1, min(len(names), columns))
+    figure.legend(handles, names, loc="outside upper center", ncols=ncols, frameon=False, fontsize=9)
 
 
 def _draw_profile(

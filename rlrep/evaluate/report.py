@@ -81,10 +81,8 @@ def compare(
 ) -> Summary:
     """Puts fine-tuning runs side by side: prints a table of all their arms, and says which was the soonest.
 
-    Runs of one task with one budget and threshold are compared with one another; others stand below.
-
     Args:
-        run_dirs: Folders that `finetune` wrote.
+        run_dirs: Folders that `finetune` wrote, of one task, with as many rewarded steps and one threshold.
         out: Folder for `comparison.html`, `comparison.md` and `comparison.png`; nothing is written unless given.
         threshold: The return that counts as solved; what the runs say unless given.
         baseline: The arm to compare with, such as `ae: scratch`; the best of all trained from scratch unless given.
@@ -92,7 +90,7 @@ def compare(
         overwrite: As for `report`.
 
     Raises:
-        RunError: As for `report`.
+        RunError: As for `report`; or the runs are of different tasks.
     """
     summary = side_by_side(run_dirs, threshold, baseline)
     if out is not None:

@@ -26,7 +26,6 @@ from rlrep.evaluate.wording import (
     as_steps,
     as_steps_range,
 )
-from rlrep.runs import differences
 
 FINE_TUNINGS = (1, 10, 100)
 """How many runs share the steps without reward, in the table of costs."""
@@ -452,21 +451,35 @@ def origins(summary: Summary, evidence: Mapping[str, Evidence]) -> Section:
 
 
 def settings_apart(summary: Summary) -> list[Section]:
-    """Returns the settings in which run folders differ from the first one."""
-    (first, reference), *others = summary.folders.items()
-    rows = []
-    for name, task in others:
-        ignored = {"pretrain_seconds", "digest"}
-        asked, found = (_without(each.settings, ignored) for each in (reference, task))
-        rows += [{"run": (name, ""), f"beside {first}": (line, "")} for line in differences(asked, found)]
-    if not rows:
-        return []
-    return [Section("What is different", tables=[Table("", rows, 2)])]
+    """Returns the settings in which run folders differ."""
+    flat = {name: _flat(_by_name(task.settings)) for name, task in summary.folders.items()}
+    keys = dict.fromkeys(key for settings in flat.values() for key in settings)
+    rows = [
+        {"setting": (key, "")} | {name: (settings.get(key, NOTHING), "") for name, settings in flat.items()}
+        for key in keys
+        if len({settings.get(key) for settings in flat.values()}) > 1
+    ]
+    return [Section("What is different", tables=[Table("", rows, 1 + len(flat))])] if rows else []
 
 
-def _without(settings: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
-    encoder = {key: value for key, value in (settings.get("encoder") or {}).items() if key not in keys}
-    return {**settings, "encoder": encoder}
+def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings with arms by their names, without what only measures the encoder."""
+    arms = {arm["name"]: {key: value for key, value in arm.items() if key != "name"} for arm in settings["arms"]}
+    encoder = {key: value for key, value in (settings.get("encoder") or {}).items() if key != "pretrain_seconds"}
+    return {**settings, "arms": arms, "encoder": encoder}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Returns nested settings as `encoder.name: nature`; digests are cut short."""
+    found: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            found[f"{prefix}{key}"] = ", ".join(map(_spec, value))
+        else:
+            found[f"{prefix}{key}"] = str(value)[:12] if key.endswith("digest") else str(value)
+    return found
 
 
 def _pays_from(arm: ArmSummary, baseline: ArmSummary, task: Task) -> str:
@@ -502,7 +515,7 @@ def _names(arms: Sequence[ArmSummary]) -> str:
 
 
 def _spec(spec: Any) -> str:
-    return spec if isinstance(spec, str) else str(dict(spec))
+    return ", ".join(f"{key}={value}" for key, value in spec.items()) if isinstance(spec, Mapping) else str(spec)
 
 
 def _spoken(path: Path) -> str:

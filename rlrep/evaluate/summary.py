@@ -23,7 +23,7 @@ class Summary:
     baseline: str | None
     """The arm that speed-ups are over; unless another was asked for, the soonest of those trained from scratch."""
     folders: Mapping[str, Task]
-    """Every run folder by its name, as it was read; `tasks` may join several."""
+    """Every run folder by its name, as it was read; side by side, all of them are one task."""
 
     @property
     def runs(self) -> list[Run]:
@@ -55,7 +55,7 @@ def summarise(
 def side_by_side(
     run_dirs: Sequence[str | Path], threshold: float | None = None, baseline: str | None = None
 ) -> Summary:
-    """Reads fine-tuning runs and compares all their arms, called `run: arm`; what shares a task is compared there.
+    """Reads fine-tuning runs of one task and compares all their arms, called `run: arm`.
 
     Args:
         run_dirs: Folders that `finetune` wrote.
@@ -63,19 +63,25 @@ def side_by_side(
         baseline: The `run: arm` to compare with; the best of all trained from scratch unless given.
 
     Raises:
-        RunError: As for `summarise`.
+        RunError: As for `summarise`; or the runs differ in environment, rewarded steps or threshold.
     """
     read = _read(run_dirs, threshold)
+    kinds = dict.fromkeys(f"{each.label}, {each.budget:,} steps to {each.threshold:g}" for each in read)
+    if len(kinds) > 1:
+        raise RunError(
+            f"these runs are of different tasks ({'; '.join(kinds)}), where sooner means nothing. Compare those of "
+            "one, pass a threshold if that is all that differs, or report on all of them"
+        )
     names = _short_names([task.path for task in read])
-    groups: dict[tuple[str, int, float], list[Task]] = {}
-    for task, name in zip(read, names, strict=True):
-        renamed = dataclasses.replace(task, arms=tuple(_prefixed(arm, name) for arm in task.arms))
-        groups.setdefault((task.label, task.budget, task.threshold), []).append(renamed)
-    tasks = [_merged(group) for group in groups.values()]
-    if len({task.label for task in tasks}) < len(tasks):
-        tasks = [relabel(task, f"{task.label}, {task.budget:,} steps to {task.threshold:g}") for task in tasks]
-    found = _summary(tasks, dict(zip(names, read, strict=True)), baseline)
-    return dataclasses.replace(found, answer=standing(found.arms, tasks, find_baseline(found.arms, baseline)))
+    task = dataclasses.replace(
+        read[0],
+        finished=all(each.finished for each in read),
+        settings=read[0].settings
+        | {"algorithm": " and ".join(dict.fromkeys(str(each.settings["algorithm"]) for each in read))},
+        arms=tuple(_prefixed(arm, name) for each, name in zip(read, names, strict=True) for arm in each.arms),
+    )
+    found = _summary([task], dict(zip(names, read, strict=True)), baseline)
+    return dataclasses.replace(found, answer=standing(found.arms, [task], find_baseline(found.arms, baseline)))
 
 
 def _read(run_dirs: str | Path | Sequence[str | Path], threshold: float | None) -> list[Task]:
@@ -104,15 +110,6 @@ def _summary(tasks: Sequence[Task], folders: Mapping[str, Task], baseline: str |
 def _prefixed(arm: ArmSummary, name: str) -> ArmSummary:
     called = f"{name}: {arm.name}"
     return dataclasses.replace(arm, name=called, runs=tuple(dataclasses.replace(run, arm=called) for run in arm.runs))
-
-
-def _merged(tasks: Sequence[Task]) -> Task:
-    """Returns runs of one task as one task with all their arms."""
-    return dataclasses.replace(
-        tasks[0],
-        finished=all(task.finished for task in tasks),
-        arms=tuple(arm for task in tasks for arm in task.arms),
-    )
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

@@ -271,7 +271,10 @@ def test_runs_side_by_side(tmp_path, capsys, monkeypatch):
     assert shown["worse: frozen"]["solved"][0] == "0/4"
     cost = read.rows("What the reward-free steps cost")
     assert cost["better: finetune"]["shared by 10 runs"] != cost["worse: finetune"]["shared by 10 runs"]
-    assert "encoder.objectives is ['spr'], asked for ['ae']" in read.text
+    apart = read.rows("What is different")
+    assert set(apart) == {"encoder.objectives", "encoder.reward_free_steps"}
+    assert apart["encoder.objectives"]["better"][0] == "ae"
+    assert apart["encoder.objectives"]["worse"][0] == "spr"
     assert "worse: frozen" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "comparison.html",
@@ -282,6 +285,10 @@ def test_runs_side_by_side(tmp_path, capsys, monkeypatch):
     assert side_by_side(folders, baseline="worse: finetune").baseline == "worse: finetune"
     with pytest.raises(RunError, match="Did you mean 'worse: finetune'"):
         side_by_side(folders, baseline="worse: fintune")
+    runs.write_json(other / "run.json", record | {"settings": record["settings"] | {"threshold": 0.5}})
+    with pytest.raises(RunError, match=r"different tasks .* to 0\.8; .* to 0\.5"):
+        side_by_side(folders)
+    assert len(side_by_side(folders, threshold=0.5).arms) == 8
 
 
 def test_nothing_of_others_is_overwritten(tmp_path):
