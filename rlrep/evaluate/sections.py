@@ -492,7 +492,8 @@ def _pays_from(arm: ArmSummary, baseline: ArmSummary, task: Task) -> str:
     if theirs <= arm.steps.point:
         return NOTHING if math.isinf(baseline.steps.point) else "never"
     at_most = "≤ " if math.isinf(baseline.steps.point) else ""
-    return f"{at_most}{math.ceil(before / (theirs - arm.steps.point)):,} runs"
+    # Steps come from shares of the budget, and are whole but for rounding.
+    return f"{at_most}{math.ceil(round(before / (theirs - arm.steps.point), 6)):,} runs"
 
 
 def _run_row(run: Run, task: Task) -> Row:

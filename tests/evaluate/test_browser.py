@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from report_cases import FROZEN, NEVER, SCRATCH, write_run
 
 from rlrep.evaluate.report import report
 
-QUICKSTART = Path(__file__).parents[2] / "runs" / "quickstart" / "results"
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
 LOOK = """<script>
@@ -60,19 +60,20 @@ def look(page: Path, *flags: str) -> dict:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("browser")
-    report(QUICKSTART, out=out)
+    report(write_run(out, {"scratch": SCRATCH, "random-frozen": NEVER, "frozen": FROZEN}))
     return out / "report.html"
 
 
 def test_what_a_reader_sees(page):
     seen = look(page, "--window-size=1100,900")
-    assert seen["answer"].startswith("It cannot be told from 4 finished runs each")
-    # As in the results that are in git, by hand.
-    row = next(cells for cells in seen["cells"] if cells[:3] == ["frozen", "4", "4/4"])
-    assert [cell.split() for cell in row[3:5]] == [["28,000", "24,000", "to", "44,000"], ["1.4x", "0.79", "to", "2.2"]]
+    assert seen["answer"].startswith("Yes: frozen reached a return of 0.8 after 46,667 rewarded steps")
+    row = next(cells for cells in seen["cells"] if cells[:3] == ["frozen", "5", "5/5"])
+    # (40 + 50 + 50) / 3 and (100 + 100 + 110) / 3 thousand, the lowest and the highest of five left out.
+    assert row[3].split()[0] == "46,667"
+    assert row[4].split()[0] == "2.2x"
     assert len(seen["figures"]) == 3
     assert all(box["width"] > 600 and box["height"] > 150 for box in seen["figures"])
-    assert {"scratch", "finetune", "rewarded environment steps", "solved: 0.8"} <= set(seen["letters"])
+    assert {"scratch", "frozen", "rewarded environment steps", "solved: 0.8"} <= set(seen["letters"])
     assert seen["loaded"] == []
 
 
@@ -88,6 +89,6 @@ def test_a_picture_of_it(page):
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     assert pixels.shape == (2000, 1100, 3)
     assert (pixels[5, 5] > 240).all(), "the paper is light"
-    for name, colour in {"frozen": (0, 114, 178), "finetune": (213, 94, 0), "random-frozen": (184, 134, 11)}.items():
+    for name, colour in {"frozen": (0, 114, 178), "scratch": (68, 68, 68), "random-frozen": (184, 134, 11)}.items():
         drawn = (np.abs(pixels - colour).max(axis=2) < 12).sum()
         assert drawn > 500, f"the curve of {name} is not to be seen"

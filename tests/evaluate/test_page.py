@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from report_cases import BUDGET, ENV, FROZEN, NEVER, SCRATCH, write_run
 from sklearn.decomposition import PCA
 
 from rlrep import runs
@@ -27,7 +28,7 @@ from rlrep.evaluate.summary import side_by_side, summarise
 from rlrep.pretrain import pretrain
 from rlrep.types import RunError
 
-QUICKSTART = Path(__file__).parents[2] / "runs" / "quickstart" / "results"
+ARMS = {"scratch": SCRATCH, "random-frozen": NEVER, "frozen": FROZEN, "finetune": {0: 90_000, 1: 40_000, 2: 80_000}}
 SPEC = "rlrep/TinyGrid-v0:size=5"
 
 
@@ -90,9 +91,14 @@ class Read(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Read:
+def scored(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("scored") / "finetune", ARMS)
+
+
+@pytest.fixture(scope="module")
+def page(scored, tmp_path_factory) -> Read:
     out = tmp_path_factory.mktemp("page")
-    report(QUICKSTART, out=out)
+    report(scored, out=out)
     return Read((out / "report.html").read_text())
 
 
@@ -102,28 +108,26 @@ def trimmed_mean(values) -> float:
     return float(np.mean(sorted(values)[cut : len(values) - cut]))
 
 
-def test_the_figures_are_those_of_the_scores(page):
-    record, budget = json.loads((QUICKSTART / "run.json").read_text()), 80_000
-    free = record["settings"]["encoder"]["reward_free_steps"]
+def test_the_figures_are_those_of_the_scores(scored, page):
+    free = json.loads((scored / "run.json").read_text())["settings"]["encoder"]["reward_free_steps"]
     curves = collections.defaultdict(dict)
-    for line in (QUICKSTART / "scores.jsonl").read_text().splitlines():
+    for line in (scored / "scores.jsonl").read_text().splitlines():
         row = json.loads(line)
         curves[row["arm"], row["seed"]][row["steps"]] = row
     first, last = collections.defaultdict(list), collections.defaultdict(list)
     for (arm, _), rows in curves.items():
         first[arm].append(min((step for step, row in rows.items() if row["return"] >= 0.8), default=math.inf))
         last[arm].append(rows[max(rows)]["return"])
-    shown = page.rows("MiniGrid-DoorKey-5x5-v0:obs=rgb, ppo")
-    assert list(shown) == ["scratch", "random-frozen", "frozen", "finetune"]
+    shown = page.rows(f"{ENV}, ppo")
+    assert list(shown) == list(ARMS)
     for arm, row in shown.items():
         steps = trimmed_mean(first[arm])
-        assert row["steps to 0.8"][0] == (f"{steps:,.0f}" if steps < math.inf else f"> {budget:,}")
-        assert row["solved"][0] == f"{sum(step < math.inf for step in first[arm])}/4"
+        assert row["steps to 0.8"][0] == (f"{steps:,.0f}" if steps < math.inf else f"> {BUDGET:,}")
+        assert row["solved"][0] == f"{sum(step < math.inf for step in first[arm])}/{len(ARMS[arm])}"
         assert row["final return"][0] == f"{trimmed_mean(last[arm]):.2f}"
     scratch = trimmed_mean(first["scratch"])
-    assert float(shown["frozen"]["speed-up"][0][:-1]) == pytest.approx(
-        scratch / trimmed_mean(first["frozen"]), abs=0.05
-    )
+    speed_up = float(shown["frozen"]["speed-up"][0][:-1])
+    assert speed_up == pytest.approx(scratch / trimmed_mean(first["frozen"]), abs=0.05)
 
     wins = [(a < b) + (a == b) / 2 for a in first["finetune"] for b in first["scratch"]]
     sooner = page.rows("How often an arm is sooner than scratch")
@@ -133,13 +137,14 @@ def test_the_figures_are_those_of_the_scores(page):
     for column, share in (("all charged to one run", 1), ("shared by 10 runs", 10), ("shared by 100 runs", 100)):
         expected = scratch / trimmed_mean([step + free / share for step in first["finetune"]])
         assert float(cost[column][0][:-1]) == pytest.approx(expected, abs=0.05), column
-    assert cost["pays from"][0] == f"{math.ceil(free / (scratch - trimmed_mean(first['finetune'])))} runs"
+    # 300,000 / (103,333 - 70,000)
+    assert cost["pays from"][0] == "9 runs"
 
     every = page.tables["Every run"][1:]
-    assert len(every) == 16
+    assert len(every) == len(curves)
     for _, (arm, _), (seed, _), (state, _), (steps, _), (final, _), *_ in every:
         rows = curves[arm, int(seed)]
-        assert state == "finished"
+        assert state == ("finished" if max(rows) == BUDGET else "unfinished")
         assert final == f"{rows[max(rows)]['return']:.2f}"
         assert steps in [f"{step:,}" for step in rows] or steps == f"> {max(rows):,}"
 
@@ -149,12 +154,12 @@ def test_the_figures_are_those_of_the_scores(page):
         assert mean == f"{trimmed_mean(values):.2f}"
 
 
-def test_the_answer_and_the_origin_are_told(page):
-    record = json.loads((QUICKSTART / "run.json").read_text())
-    assert summarise(QUICKSTART).answer.replace("`", "") in page.text
+def test_the_answer_and_the_origin_are_told(scored, page):
+    made = json.loads((scored / "run.json").read_text())["provenance"]
+    assert summarise(scored).answer.replace("`", "") in page.text
     assert "Does PPO reach a return of 0.8" in page.text
     assert "95 % CI" in page.text
-    for part in (record["provenance"]["command"], record["provenance"]["commit"][:12], "torch 2.", "0, 1, 2, 3"):
+    for part in (made["command"], (made["commit"] or "none")[:12], "torch 2.", "seeds 0, 1, 2, 3, 4"):
         assert part in page.text
 
 
@@ -179,7 +184,7 @@ def test_words_of_others_are_no_markup():
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory):
+def stages(scored, tmp_path_factory):
     """Data, an encoder trained on them, and scores that look as if it had been fine-tuned."""
     root = tmp_path_factory.mktemp("stages")
     collect(SPEC, out=root / "data", steps=400, n_envs=4)
@@ -191,11 +196,11 @@ def stages(tmp_path_factory):
         "encoder": "grid:features_dim=16,width=8",
     }
     encoder = pretrain(root / "data", out=root / "encoder", objectives=["ae"], **small)
-    record = json.loads((QUICKSTART / "run.json").read_text())
+    record = json.loads((scored / "run.json").read_text())
     settings = record["settings"]
     known = {key: encoder.provenance[key] for key in ("reward_free_steps", "pretrain_seconds", "data_digest")}
     settings["encoder"] = {"name": encoder.name, "digest": encoder.digest(), "objectives": ["ae"], **known}
-    shutil.copytree(QUICKSTART, root / "finetune", ignore=lambda *_: ["curves.png", "report.md"])
+    shutil.copytree(scored, root / "finetune")
     runs.write_json(root / "finetune" / "run.json", record)
     return root
 
@@ -249,11 +254,11 @@ def test_the_stages_of_another_encoder_are_left_alone(stages, tmp_path):
     assert not gather(task, [stages]).data
 
 
-def test_runs_side_by_side(tmp_path, capsys, monkeypatch):
+def test_runs_side_by_side(scored, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     other = tmp_path / "sweep" / "worse" / "finetune"
-    shutil.copytree(QUICKSTART, tmp_path / "sweep" / "better" / "finetune")
-    shutil.copytree(QUICKSTART, other)
+    shutil.copytree(scored, tmp_path / "sweep" / "better" / "finetune")
+    shutil.copytree(scored, other)
     record = runs.read_json(other / "run.json")
     record["settings"]["encoder"] |= {"objectives": ["spr"], "reward_free_steps": 120_000}
     runs.write_json(other / "run.json", record)
@@ -266,14 +271,14 @@ def test_runs_side_by_side(tmp_path, capsys, monkeypatch):
     assert len(summary.tasks) == 1
     assert "The soonest was `better: f" in summary.answer
     read = Read((tmp_path / "out" / "comparison.html").read_text())
-    shown = read.rows("MiniGrid-DoorKey-5x5-v0:obs=rgb, ppo")
-    assert shown["better: frozen"]["solved"][0] == "4/4"
-    assert shown["worse: frozen"]["solved"][0] == "0/4"
+    shown = read.rows("MiniGrid-DoorKey-6x6-v0:obs=rgb, ppo")
+    assert shown["better: frozen"]["solved"][0] == "5/5"
+    assert shown["worse: frozen"]["solved"][0] == "0/5"
     cost = read.rows("What the reward-free steps cost")
     assert cost["better: finetune"]["shared by 10 runs"] != cost["worse: finetune"]["shared by 10 runs"]
     apart = read.rows("What is different")
     assert set(apart) == {"encoder.objectives", "encoder.reward_free_steps"}
-    assert apart["encoder.objectives"]["better"][0] == "ae"
+    assert apart["encoder.objectives"]["better"][0] == "ae, inverse:weight=0.5"
     assert apart["encoder.objectives"]["worse"][0] == "spr"
     assert "worse: frozen" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -291,9 +296,9 @@ def test_runs_side_by_side(tmp_path, capsys, monkeypatch):
     assert len(side_by_side(folders, threshold=0.5).arms) == 8
 
 
-def test_nothing_of_others_is_overwritten(tmp_path):
+def test_nothing_of_others_is_overwritten(scored, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(QUICKSTART, folder, ignore=lambda *_: ["curves.png", "report.md"])
+    shutil.copytree(scored, folder)
     (folder / "report.md").write_text("my notes on rlrep report\n")
     with pytest.raises(RunError, match=r"report\.md is not a report of rlrep"):
         report(folder)
@@ -303,25 +308,25 @@ def test_nothing_of_others_is_overwritten(tmp_path):
         assert MARK.encode() in (folder / name).read_bytes()
 
 
-def test_bad_input_is_explained(tmp_path):
+def test_bad_input_is_explained(scored, tmp_path):
     with pytest.raises(RunError, match="Did you mean 'random-frozen'"):
-        summarise(QUICKSTART, baseline="random-frosen")
+        summarise(scored, baseline="random-frosen")
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="is a file; the report needs a folder"):
-        report(QUICKSTART, out=tmp_path / "file")
+        report(scored, out=tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match="is empty"):
         summarise(tmp_path / "empty")
-    with pytest.raises(RunError, match=r"is no run.*in it are the runs results"):
-        summarise(QUICKSTART.parent)
+    with pytest.raises(RunError, match=r"is no run.*in it are the runs finetune"):
+        summarise(scored.parent)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "run.json").write_text("[]")
     with pytest.raises(RunError, match="not by rlrep"):
         summarise(tmp_path / "other")
 
 
-def test_a_baseline_can_be_named():
-    summary = summarise(QUICKSTART, baseline="random-frozen")
+def test_a_baseline_can_be_named(scored):
+    summary = summarise(scored, baseline="random-frozen")
     assert summary.baseline == "random-frozen"
     frozen = next(arm for arm in summary.arms if arm.name == "frozen")
     assert frozen.speed_up.point == frozen.speed_up_over_control.point
