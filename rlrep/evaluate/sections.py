@@ -497,18 +497,18 @@ def _pays_from(arm: ArmSummary, baseline: ArmSummary, task: Task) -> str:
 
 
 def _run_row(run: Run, task: Task) -> Row:
-    steps = f"> {max(run.steps[-1], 0):,.0f}" if len(run.steps) else NOTHING
-    return {
-        "task": (run.task, ""),
-        "arm": (run.arm, ""),
-        "seed": (str(run.seed), ""),
-        "state": (run.state, ""),
-        "steps": (f"{run.steps_to_threshold:,.0f}" if run.solved else steps, ""),
-        "final return": (f"{run.final_return:.2f}", ""),
-        "final success": (f"{run.final_success:.0%}" if not math.isnan(run.final_success) else NOTHING, ""),
-        "area": (f"{run.area:.2f}", ""),
-        "train time": (as_duration(run.seconds), ""),
-    }
+    if not len(run.steps):
+        values = dict.fromkeys(("steps", "final return", "final success", "area", "train time"), NOTHING)
+    else:
+        values = {
+            "steps": f"{run.steps_to_threshold:,.0f}" if run.solved else f"> {run.steps[-1]:,.0f}",
+            "final return": f"{run.final_return:.2f}",
+            "final success": f"{run.final_success:.0%}",
+            "area": f"{run.area:.2f}",
+            "train time": as_duration(run.seconds),
+        }
+    names = {"task": run.task, "arm": run.arm, "seed": str(run.seed), "state": run.state}
+    return {key: (value, "") for key, value in {**names, **values}.items()}
 
 
 def _names(arms: Sequence[ArmSummary]) -> str:
