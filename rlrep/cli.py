@@ -135,7 +135,7 @@ class ReportCommand:
     baseline: str | None = None
     """The arm to compare with; the best of those trained from scratch unless given."""
     stages: tuple[Path, ...] = ()
-    """Datasets and pre-training runs that do not lie beside the runs."""
+    """Datasets and pre-training runs that do not lie beside the runs, and dreams."""
     overwrite: bool = False
     """Replace files of these names that are not by rlrep."""
 
@@ -157,7 +157,7 @@ class CompareCommand:
     baseline: str | None = None
     """The arm to compare with, such as 'ae: scratch'; the best of all trained from scratch unless given."""
     stages: tuple[Path, ...] = ()
-    """Datasets and pre-training runs that do not lie beside the runs."""
+    """Datasets and pre-training runs that do not lie beside the runs, and dreams."""
     overwrite: bool = False
     """Replace files of these names that are not by rlrep."""
 

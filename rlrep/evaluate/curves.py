@@ -30,7 +30,7 @@ OTHER_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#7b3fa0
 def draw(tasks: Sequence[Task]) -> Figure:
     """Returns a panel a task: each arm's interquartile mean with its 95 % interval, every seed, and the threshold."""
     n = len(tasks)
-    n_columns = min(n, 3)
+    n_columns = min(n, 2)
     n_rows = math.ceil(n / n_columns)
     size = (7.2, 4.6) if n == 1 else (4.6 * n_columns, 3.6 * n_rows + 0.8)
     figure = Figure(figsize=size, layout="constrained")
@@ -68,9 +68,9 @@ def curve(arm: ArmSummary) -> tuple[NDArray[np.float64], list[Interval]]:
 def colours_of(tasks: Sequence[Task]) -> dict[str, str]:
     """Returns the colour of every arm, the same in every picture."""
     arms = {arm.name: arm.kind for task in tasks for arm in task.arms}
-    kinds = list(arms.values())
-    # Several arms of one kind, as of runs side by side, need colours of their own.
-    fixed = {name: COLOURS[kind] for name, kind in arms.items() if kind in COLOURS and kinds.count(kind) == 1}
+    # Of several arms of one kind, as of runs side by side, the first has the colour of the kind.
+    first = {kind: name for name, kind in reversed(arms.items())}
+    fixed = {first[kind]: colour for kind, colour in COLOURS.items() if kind in first}
     others = [name for name in arms if name not in fixed]
     return fixed | {name: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, name in enumerate(others)}
 

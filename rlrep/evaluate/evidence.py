@@ -18,11 +18,14 @@ from rlrep import runs
 from rlrep.dataset import COMMIT, META, PARTS, Dataset, open_dataset, parts_of
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.comparison import Task
-from rlrep.evaluate.exploration import Explored
+from rlrep.evaluate.exploration import Explored, explorer_of
 from rlrep.evaluate.probes import features_of
 from rlrep.types import RlrepError, SpaceError, to_tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
+
+DREAMS = "dreams.json"
+"""Found in a folder of what a world model dreamt."""
 
 MOST_PICTURES, MOST_BYTES = 12, 3_000_000
 """Pictures of a pre-training run that are shown, and the size of each."""
@@ -48,7 +51,7 @@ class Evidence:
     probes: Mapping[str, Any] | None = None
     """What `rlrep probe --out` wrote into its folder."""
     pictures: tuple[Path, ...] = ()
-    """Pictures in its folder, such as what a world model dreamt."""
+    """Pictures in its folder, and of dreams that were named."""
 
     @property
     def collect_seconds(self) -> float:
@@ -77,8 +80,7 @@ class Evidence:
         for part in self._parts:
             if curve := _coverage_rows(part):
                 data = Dataset(part)
-                collector = runs.read_json(part / META)["writers"][-1]["collector"]
-                name = str(collector["explorer"]) if isinstance(collector, Mapping) else part.name
+                name = explorer_of(data) or part.name
                 found.append(Explored(name, curve, _occupancy(data), _actions(data)))
         names = [one.name for one in found]
         return [
@@ -94,7 +96,7 @@ def gather(task: Task, stages: Iterable[str | Path] = ()) -> Evidence:
 
     Args:
         task: Whose encoder it is.
-        stages: Folders of datasets and pre-training runs, or folders that hold some.
+        stages: Folders of datasets, pre-training runs and dreams, or folders that hold some of the first two.
     """
     encoder = task.encoder
     if not encoder.get("digest"):
@@ -107,7 +109,8 @@ def gather(task: Task, stages: Iterable[str | Path] = ()) -> Evidence:
         record = _record(place)
         if record.get("results", {}).get("encoder_digest") == encoder["digest"]:
             metrics = runs.read_jsonl(place / "metrics.jsonl")
-            return Evidence(tuple(data), place, record, metrics, _probes(place), _pictures(place))
+            dreamt = [path for root in roots if (root / DREAMS).is_file() for path in _pictures(root)]
+            return Evidence(tuple(data), place, record, metrics, _probes(place), (*_pictures(place), *dreamt))
     return Evidence(tuple(data))
 
 

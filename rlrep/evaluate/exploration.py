@@ -45,7 +45,7 @@ def explored(folders: Sequence[str | Path], points: int = 20) -> list[Explored]:
         DatasetError: There is no dataset in one of them.
     """
     data = [Dataset(folder) for folder in folders]
-    names = [_explorer(each) or Path(folder).name for each, folder in zip(data, folders, strict=True)]
+    names = [explorer_of(each) or Path(folder).name for each, folder in zip(data, folders, strict=True)]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     found = []
@@ -56,7 +56,7 @@ def explored(folders: Sequence[str | Path], points: int = 20) -> list[Explored]:
     return found
 
 
-def _explorer(data: Dataset) -> str | None:
+def explorer_of(data: Dataset) -> str | None:
     """Returns what collected the data, None if that is not known."""
     collector = runs.read_json(data.paths[0] / META)["writers"][-1]["collector"]
     return str(collector["explorer"]) if isinstance(collector, Mapping) and "explorer" in collector else None

@@ -46,7 +46,7 @@ def report(
         out: Folder to write to; the first run's unless given.
         threshold: The return that counts as solved; what the runs say unless given.
         baseline: Name of the arm to compare with; the best of those trained from scratch unless given.
-        stages: Folders of datasets and pre-training runs that lie elsewhere, or folders that hold some.
+        stages: Folders of datasets and pre-training runs that lie elsewhere, or folders that hold some; and of dreams.
         overwrite: Replace files of these names that are not by rlrep.
 
     Raises:

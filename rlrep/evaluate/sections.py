@@ -333,13 +333,14 @@ def _pretraining(evidence: Evidence, task: Task, of: str) -> list[Section]:
             )
         )
     if evidence.pictures:
-        root = evidence.pretraining or Path()
         found.append(
             Section(
                 f"Pictures from the run{of}",
                 pictures=[
                     Picture(
-                        path, f"{_spoken(path)}, a picture from the pre-training run", f"`{path.relative_to(root)}`"
+                        path,
+                        f"{_spoken(path)}, a picture from the pre-training run",
+                        f"`{path.parent.name}/{path.name}`",
                     )
                     for path in evidence.pictures
                 ],

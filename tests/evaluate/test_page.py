@@ -18,6 +18,7 @@ from report_cases import BUDGET, ENV, FROZEN, NEVER, SCRATCH, write_run
 from sklearn.decomposition import PCA
 
 from rlrep import runs
+from rlrep.cli import main
 from rlrep.collect import collect
 from rlrep.evaluate.evidence import gather, principal_axes
 from rlrep.evaluate.page import MARK, Page, Picture, Section, Table, to_html, to_markdown
@@ -208,9 +209,11 @@ def stages(scored, tmp_path_factory):
 
 
 def test_what_came_before_is_found_and_shown(stages, tmp_path):
-    (stages / "encoder" / "dreams").mkdir(exist_ok=True)
-    Image.new("RGB", (8, 4), (200, 0, 0)).save(stages / "encoder" / "dreams" / "first_dream.png")
-    report(stages / "finetune", out=tmp_path)
+    for folder in (stages / "encoder", stages / "dreams"):
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 4), (200, 0, 0)).save(folder / f"of_{folder.name}.png")
+    (stages / "dreams" / "dreams.json").write_text("{}")
+    report(stages / "finetune", out=tmp_path, stages=[stages / "dreams"])
     read = Read((tmp_path / "report.html").read_text())
     figures = runs.read_json(stages / "data" / "explorer" / "coverage.json")
     covered = read.rows("What the data cover")["random"]
@@ -225,7 +228,8 @@ def test_what_came_before_is_found_and_shown(stages, tmp_path):
     assert [row[0][0] for row in read.tables["Where they come from"][1:]] == ["collect", "pretrain", "finetune"]
     text = (tmp_path / "report.html").read_text()
     assert "Features of held-out observations on their two main axes, coloured by " in text
-    assert 'alt="first dream, a picture from the pre-training run"' in text
+    assert 'alt="of encoder, a picture from the pre-training run"' in text
+    assert 'alt="of dreams, a picture from the pre-training run"' in text
     markdown = (tmp_path / "report.md").read_text()
     assert "## Pre-training" in markdown
     assert re.search(r"400 environment steps without reward in \d+ s and \d+ s of pre-training", markdown)
@@ -332,6 +336,16 @@ def test_a_baseline_can_be_named(scored):
     assert summary.baseline == "random-frozen"
     frozen = next(arm for arm in summary.arms if arm.name == "frozen")
     assert frozen.speed_up.point == frozen.speed_up_over_control.point
+
+
+def test_the_commands(scored, capsys):
+    assert main(["compare", str(scored), "--threshold", "0.9"]) == 0
+    assert "finetune: frozen" in capsys.readouterr().out
+    for command in ("report", "compare"):
+        assert main([command, str(scored), "--baseline", "scrach"]) == 1
+        assert "Did you mean" in capsys.readouterr().err
+    assert main(["report", str(scored / "nowhere")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_profiles_are_shares_of_runs():
