@@ -126,5 +126,5 @@ def _draw_actions(ax: Axes, datasets: Sequence[Explored]) -> None:
         total = max(sum(one.actions.values()), 1)
         ax.plot(known, [one.actions.get(action, 0) / total for action in known], "o-", color=f"C{i}", markersize=3)
     ax.set_title("actions", fontsize=9)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     ax.tick_params(labelsize=7)
