@@ -11,7 +11,7 @@ from rlrep.collect import collect
 from rlrep.dataset import Dataset, DatasetWriter
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.probes import probe
-from rlrep.evaluate.report import report
+from rlrep.evaluate.report import compare, report
 from rlrep.explore import Bonus
 from rlrep.export import export
 from rlrep.finetune import finetune
@@ -40,6 +40,7 @@ __all__ = [
     "Transition",
     "Unfreeze",
     "collect",
+    "compare",
     "export",
     "finetune",
     "load_encoder",

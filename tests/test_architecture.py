@@ -28,6 +28,7 @@ TIERS = [
     ["objectives", "sb3"],
     ["explore", "latent", "transfer"],
     ["evaluate", "intrinsic"],
+    ["live"],
     ["collect", "pretrain", "finetune", "export"],
     ["recipe"],
     ["cli"],
