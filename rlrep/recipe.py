@@ -142,7 +142,8 @@ def sweep(
         out: Folder of them all, and of their report.
         n_workers: Combinations side by side, one core each; all cores unless given, and what is over trains policies.
         ray: Where they run: `local` or the address of a Ray cluster whose nodes have rlrep installed and share the file
-            system that `out` lies on; on this machine, without Ray, unless given.
+            system that `out` lies on; on this machine, without Ray, unless given. There each trains its policies one
+            after the other.
         overwrite: Do every stage again.
 
     Returns:
@@ -163,7 +164,8 @@ def sweep(
         print(f"collect: {recipe.collect.steps:,} steps of {recipe.env} without reward -> {data}")
         collect(recipe.env, out=data, overwrite=overwrite, **vars(on_ray(recipe, ray).collect))
     cores = n_workers or len(os.sched_getaffinity(0))
-    inner = {"finetune.ray": ray, "finetune.n_workers": None if ray else max(1, cores // len(named))}
+    # A recipe holds a core of the cluster: if its policies waited there for cores of their own, all could wait forever.
+    inner = {"finetune.ray": None, "finetune.n_workers": 1 if ray else max(1, cores // len(named))}
     for name, each in named.items():
         runs.write_atomically(out / name / RECIPE, functools.partial(Path.write_text, data=dump_yaml(each)))
     jobs = [{"out": out / name, "inner": inner, "data": data, "overwrite": overwrite} for name in named]
