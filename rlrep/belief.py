@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import get_device
 
 from rlrep import runs, spaces
-from rlrep.encoders import Encoder, State, load_encoder
+from rlrep.encoders import Encoder, RecurrentEncoder, State, load_encoder
 from rlrep.sb3 import algorithms, get_algorithm
 from rlrep.types import RunError, SpaceError, Tree, tree_map
 
@@ -26,7 +26,7 @@ class Belief:
     """What an agent remembers of N environments between two calls of `BeliefPolicy.predict`."""
 
     encoder: str
-    """Digest of the encoder that it is the state of."""
+    """Which encoder it is the state of."""
     state: State
     action: np.ndarray
     """(N, *action_shape): the last actions, whose consequences are seen next."""
@@ -58,9 +58,10 @@ class BeliefPolicy:
     ) -> None:
         encoder = load_encoder(encoder)
         features = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
-        spaces.check_same(model.observation_space, features, "this encoder gives")  # type: ignore[arg-type]
+        spaces.check_same(model.observation_space, features, "this encoder gives")
         if encoder.recurrent:
-            spaces.check_same(model.action_space, encoder.action_space, "this encoder was made for actions")
+            actions = cast(RecurrentEncoder, encoder).action_space
+            spaces.check_same(model.action_space, actions, "this encoder was made for actions")
         normalised = model.get_vec_normalize_env()
         if normalised is not None and normalised.norm_obs:
             raise SpaceError(
@@ -69,7 +70,7 @@ class BeliefPolicy:
             )
         self.encoder = copy.deepcopy(encoder).to(get_device(device)).eval().requires_grad_(False)
         self.model = model
-        self._digest = encoder.digest()
+        self._identity = f"{encoder.name} for {encoder.observation_space}, {encoder.digest()}"
 
     def predict(
         self,
@@ -99,7 +100,7 @@ class BeliefPolicy:
         if state is None:
             state = self._nothing(n)
             first = np.ones(n, bool)
-        elif state.encoder != self._digest:
+        elif state.encoder != self._identity:
             raise ValueError("this state was made by another encoder; begin an episode with state=None")
         if len(state) != n or len(first) != n:
             raise ValueError(
@@ -115,7 +116,7 @@ class BeliefPolicy:
                 state.state,
             )
         action, policy = self.model.predict(features.float().cpu().numpy(), state.policy, first, deterministic)
-        return action[0] if single else action, Belief(self._digest, after, action, policy)
+        return action[0] if single else action, Belief(self._identity, after, action, policy)
 
     def _count(self, observation: Tree) -> tuple[bool, int]:
         """Returns whether this is an observation without the first axis, and of how many environments it is."""
@@ -131,8 +132,8 @@ class BeliefPolicy:
         return False, found[0]
 
     def _nothing(self, n: int) -> Belief:
-        action = spaces.zeros(self.model.action_space, (n,))  # type: ignore[arg-type]
-        return Belief(self._digest, self.encoder.initial(n), action, None)
+        action = spaces.zeros(self.model.action_space, (n,))
+        return Belief(self._identity, self.encoder.initial(n), action, None)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Writes a folder: the encoder in `encoder/`, SB3's `policy.zip`, and which algorithm reads it.
@@ -189,4 +190,3 @@ class BeliefPolicy:
             raise RunError(f"the agent in {path} learnt by an algorithm of your own: pass its class as `algorithm`")
         model = get_algorithm(algorithm).load(path / POLICY, device=device)
         return cls(path / ENCODER, model, device=device)
-

@@ -20,13 +20,14 @@ from rlrep.dataset import Dataset, verify
 from rlrep.encoders import encoders
 from rlrep.encoders.base import AUTO
 from rlrep.evaluate import exploration
+from rlrep.evaluate.dreams import dream
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import report
 from rlrep.explore import explorers
 from rlrep.finetune import finetune
 from rlrep.objectives import objectives
 from rlrep.pretrain import pretrain
-from rlrep.recipe import Collect, Finetune, Pretrain, Probe, Recipe, load_recipe, on_ray, run, sweep
+from rlrep.recipe import Collect, Dream, Finetune, Pretrain, Probe, Recipe, load_recipe, on_ray, run, sweep
 from rlrep.sb3 import PAPERS, algorithms
 from rlrep.settings import SettingsError, read_value
 from rlrep.storage import check_local
@@ -120,6 +121,24 @@ class ProbeCommand:
         for line in wanting:
             print(line, file=sys.stderr)
         return 1 if wanting else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DreamCommand:
+    """Let a world model dream on from recorded data, and compare that with what happened: pictures and errors."""
+
+    encoder: Positional[str]
+    """Folder or URL of a world model, or of the run that trained it."""
+    data: Positional[tuple[str, ...]]
+    """Dataset folders or URLs, best those that it has not learnt from; several are read as one."""
+    settings: Annotated[Dream, Flat]
+    out: Path
+    """Folder for the animation, the film strips `strips.png`, `errors.png` and `dreams.json`."""
+
+    def __call__(self) -> None:
+        """Dreams, and prints the errors."""
+        _console().print(dream(self.encoder, self.data, out=self.out, **vars(self.settings)).table())
+        print(self.out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,6 +367,7 @@ def _commands(args: Sequence[str]) -> Any:
         Annotated[PretrainCommand, subcommand("pretrain")],
         Annotated[FinetuneCommand, subcommand("finetune")],
         Annotated[ProbeCommand, subcommand("probe")],
+        Annotated[DreamCommand, subcommand("dream")],
         Annotated[ReportCommand, subcommand("report")],
         run_command,
         Annotated[ListCommand, subcommand("list")],

@@ -1,7 +1,7 @@
 """`DreamVecEnv`: the dreams of a world model as environments, in which any SB3 algorithm learns.
 
-    data -> world model -> beliefs -> DreamVecEnv(world model, reward head) -> SB3 algorithm
-    real environments -> LatentVecEnv(world model) -> the same policy: what it observes is the same features
+data -> world model -> beliefs -> DreamVecEnv(world model, reward head) -> SB3 algorithm
+real environments -> LatentVecEnv(world model) -> the same policy: what it observes is the same features
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rlrep import nets, spaces
 from rlrep.dataset import Dataset, open_dataset
 from rlrep.encoders import Encoder, State, WorldModel, load_belief
 from rlrep.registry import SpecError
-from rlrep.types import DatasetError, Tree, to_tensor, tree_map
+from rlrep.types import DatasetError, SpaceError, to_tensor, tree_map
 
 ROWS = 2**13
 """Observations that are encoded side by side, at most."""
@@ -61,6 +61,7 @@ class RewardHead(nn.Module):
 
     def __init__(self, features_dim: int, hidden: int = 256) -> None:
         super().__init__()
+        self.features_dim = features_dim
         self.layers = nets.mlp([features_dim, hidden, hidden, 1])
         self.register_buffer("low", torch.tensor(-math.inf))
         self.register_buffer("high", torch.tensor(math.inf))
@@ -191,6 +192,11 @@ class DreamVecEnv(VecEnv):
         model = load_world_model(encoder)
         self._data = open_dataset(data)
         _check_data(model, self._data)
+        if reward.features_dim != model.features_dim:
+            raise SpaceError(
+                f"a reward of {reward.features_dim} features does not go with this world model, which has "
+                f"{model.features_dim}: fit one, fit_reward(encoder, data)"
+            )
         place = get_device(device)
         self.encoder = copy.deepcopy(model).to(place).eval().requires_grad_(False)
         self.reward = copy.deepcopy(reward).to(place)
@@ -311,7 +317,7 @@ def _walk(model: WorldModel, data: Dataset, start: np.ndarray, length: np.ndarra
 
 
 def _beliefs(model: WorldModel, data: Dataset, n: int, context: int, rng: np.random.Generator) -> State:
-    """Returns states (n, ...) at random steps of the data, in random order, all steps with an action being as likely."""
+    """Returns states (n, ...) at steps of the data, in random order; all steps with an action are equally likely."""
     table = data.table
     ends = np.cumsum(table["length"])
     step = rng.integers(data.n_transitions, size=n)
@@ -345,11 +351,11 @@ def _rewarded(model: WorldModel, data: Dataset, steps: int, rng: np.random.Gener
         start, length = table["start"][group], table["length"][group]
         for t, (features, state) in enumerate(_walk(model, data, start, length)):
             if t:
-                there = torch.from_numpy(length >= t).to(model.device)
-                seen.append(features[there])
-                dreamt.append(model.features(imagined)[there])
-                rewards.append(torch.from_numpy(data.column("reward", start[length >= t] + t - 1)).to(model.device))
-            if t < length.max():
-                action = data.column("action", start + np.minimum(t, length - 1))
-                imagined = model.imagine(state, to_tensor(action, model.device))
+                seen.append(features[torch.from_numpy(length >= t).to(model.device)])
+            if (goes_on := length > t).any():
+                rows = start[goes_on] + t
+                on = torch.from_numpy(goes_on).to(model.device)
+                action = to_tensor(data.column("action", rows), model.device)
+                dreamt.append(model.features(model.imagine(tree_map(lambda x, on=on: x[on], state), action)))
+                rewards.append(to_tensor(data.column("reward", rows), model.device))
     return torch.cat(seen + dreamt).float(), torch.cat(rewards + rewards)

@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from rlrep import spaces
-from rlrep.encoders import Encoder, load_encoder
+from rlrep.encoders import Encoder, RecurrentEncoder, State, load_encoder
 from rlrep.sb3 import reordering
 from rlrep.types import SpaceError, Tree, tree_map
 
@@ -70,12 +70,14 @@ class LatentVecEnv(VecEnvWrapper):
             )
         self._reorder = reordering(venv.observation_space, encoder.observation_space)
         if encoder.recurrent:
-            spaces.check_same(venv.action_space, encoder.action_space, "this encoder was made for actions")
+            actions = cast(RecurrentEncoder, encoder).action_space
+            spaces.check_same(venv.action_space, actions, "this encoder was made for actions")
         self.encoder = copy.deepcopy(encoder).to(get_device(device)).eval().requires_grad_(False)
         features = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
         super().__init__(venv, observation_space=features)
         remembers = memory and not encoder.recurrent
         self._memory = _Memory(encoder.features_dim, memory) if remembers else None
+        self._state: State = None
 
     def reset(self) -> VecEnvObs:
         """Resets every environment and encodes the first observations."""

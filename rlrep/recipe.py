@@ -19,6 +19,7 @@ from tqdm import tqdm
 from rlrep import runs
 from rlrep.collect import collect
 from rlrep.encoders import Encoder
+from rlrep.evaluate.dreams import dream
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import Summary, report
 from rlrep.fanout import JobFailure, Send, map_jobs
@@ -32,6 +33,7 @@ RECIPE, LOG = "recipe.yaml", "log.txt"
 # A stage's settings are the keywords of its function: stated there, once.
 if TYPE_CHECKING:
     from typing import Any as Collect
+    from typing import Any as Dream
     from typing import Any as Finetune
     from typing import Any as Pretrain
     from typing import Any as Probe
@@ -39,6 +41,7 @@ else:
     Collect = settings_of(collect, omit=("env", "out", "overwrite"), name="Collect")
     Pretrain = settings_of(pretrain, omit=("data", "out", "overwrite"), name="Pretrain")
     Probe = settings_of(probe, omit=("encoder", "data"), name="Probe")
+    Dream = settings_of(dream, omit=("encoder", "data", "out"), name="Dream")
     Finetune = settings_of(finetune, omit=("env", "encoder", "out", "overwrite"), name="Finetune")
 
 

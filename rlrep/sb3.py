@@ -208,9 +208,8 @@ def policy_kwargs(
     encoder = load_encoder(encoder)
     if encoder.recurrent:
         raise ValueError(
-            f"encoder {encoder.name!r} has a memory, and SB3 shows a policy's features extractor single observations in "
-            "random order: use its features around the environments, "
-            "PPO('MlpPolicy', rlrep.LatentVecEnv(env, encoder))"
+            f"encoder {encoder.name!r} has a memory, and inside a policy SB3 shows it single observations in random "
+            "order: have its features around the environments, PPO('MlpPolicy', rlrep.LatentVecEnv(env, encoder))"
         )
     tensors = {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     kwargs: dict[str, Any] = {"config": encoder.config}

@@ -30,19 +30,26 @@ class Raw(Encoder):
 
 
 class Ledger(RecurrentEncoder):
-    """Remembers half of what it had, and adds the observation and, a hundred times, the action that led to it."""
+    """Keeps a part of what it had, and adds the observation and, so many times, the action that led to it."""
 
-    def __init__(self, observation_space: Space, action_space: Space) -> None:
-        size = int(np.prod(observation_space.shape))  # type: ignore[arg-type]
-        super().__init__(observation_space, action_space, "belief_cases:Raw", size)
-        self.size = size
+    def __init__(
+        self,
+        observation_space: Space,
+        action_space: Space,
+        encoder: Any = "belief_cases:Raw",
+        keep: float = 0.5,
+        times: float = 100.0,
+    ) -> None:
+        self.keep, self.times = keep, times
+        self.size = int(np.prod(observation_space.shape))  # type: ignore[arg-type]
+        super().__init__(observation_space, action_space, encoder, self.size)
 
     def initial(self, n: int) -> State:
         return {"seen": torch.zeros(n, self.size, device=self.device), "sum": torch.zeros(n, self.size)}
 
     def advance(self, embedding: Tensor, action: Tensor, state: State) -> State:
         number = (action * torch.arange(1, self.action_dim + 1)).sum(dim=1, keepdim=True)
-        return {"seen": embedding, "sum": state["sum"] / 2 + embedding + 100 * number}
+        return {"seen": embedding, "sum": self.keep * state["sum"] + embedding + self.times * number}
 
     def features(self, state: State) -> Tensor:
         return torch.cat([state["seen"], state["sum"]], dim=1)
@@ -115,8 +122,10 @@ class Corridor(gym.Env[np.ndarray, np.int64]):
 class CorridorModel(WorldModel):
     """Knows all of `Corridor`, but that a dreamt step fails with the given chance."""
 
-    def __init__(self, observation_space: Space, action_space: Space, slip: float = 0.0) -> None:
-        super().__init__(observation_space, action_space, "belief_cases:Raw", 1)
+    def __init__(
+        self, observation_space: Space, action_space: Space, encoder: Any = "belief_cases:Raw", slip: float = 0.0
+    ) -> None:
+        super().__init__(observation_space, action_space, encoder, 1)
         self.slip = slip
 
     def initial(self, n: int) -> State:

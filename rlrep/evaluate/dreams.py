@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,6 +18,7 @@ from gymnasium.spaces import Space
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from rich.table import Table
 from rlrep_envs import EnvSpec
 from stable_baselines3.common.utils import get_device
 
@@ -62,6 +62,15 @@ class Dreams:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "clips"}
         return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields.items()}
 
+    def table(self) -> Table:
+        """Returns the errors 1, 2, 4, ... steps ahead, and at the last."""
+        table = Table("steps ahead", "segments", "dream", "last repeated", "all seen", "uncertainty")
+        last = len(self.n)
+        for k in sorted({last, *(2**i for i in range(last.bit_length()))}):
+            errors = (self.dreamt, self.repeated, self.seen, self.uncertainty)
+            table.add_row(str(k), str(self.n[k - 1]), *(f"{error[k - 1]:.4f}" for error in errors))
+        return table
+
 
 def dream(
     encoder: str | Path | Encoder,
@@ -103,7 +112,7 @@ def dream(
     model = load_world_model(encoder)
     dataset = open_dataset(data)
     for name, number, least in (
-        ("context", context, 0),
+        ("context", context, 1),
         ("horizon", horizon, 1),
         ("segments", segments, 1),
         ("dreams", dreams, 2),
@@ -120,7 +129,7 @@ def dream(
     drawn: list[tuple[np.ndarray, np.ndarray]] = []
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
-        for some in np.array_split(np.arange(len(start)), -(-len(start) * (context + horizon + 1) // ROWS)):
+        for some in np.array_split(np.arange(len(start)), -(-len(start) * (context + 1 + horizon * dreams) // ROWS)):
             truth, found, believed = _dream(
                 model, dataset, start[some], length[some], first[some], context, horizon, dreams
             )
@@ -131,7 +140,8 @@ def dream(
                 drawn.append((draw(tree_map(lambda x, i=i: x[i], truth)), draw(shown)))
     n = (length[:, None] > context + np.arange(horizon)).sum(axis=0)
     reached = n > 0
-    result = Dreams(context, n[reached], *(sums[:, reached] / n[reached]), drawn)
+    dreamt, repeated, seen, uncertainty = sums[:, reached] / n[reached]
+    result = Dreams(context, n[reached], dreamt, repeated, seen, uncertainty, drawn)
     if out is not None:
         _write(result, Path(out), animation)
     return result
@@ -185,9 +195,7 @@ def _dream(
     begins[:, 0] = first
     obs, flags = to_tensor(truth, model.device), to_tensor(begins, model.device)
     features, _ = model.scan(obs, action, flags)
-    _, state = model.scan(
-        tree_map(lambda x: x[:, : context + 1], obs), action[:, :context], flags[:, :context]
-    )
+    _, state = model.scan(tree_map(lambda x: x[:, : context + 1], obs), action[:, :context], flags[:, :context])
     state = tree_map(lambda x: x.repeat_interleave(dreams, dim=0), state)
     ahead = []
     for t in range(context, steps):
@@ -205,21 +213,23 @@ def _decode(model: WorldModel, features: torch.Tensor, leading: tuple[int, ...])
 
 def _errors(space: Space, truth: Tree, found: Tree, believed: Tree) -> Iterator[np.ndarray]:
     """Yields (B, H) errors of the dreams, of the last observation repeated, of what is seen, and the uncertainty."""
-    some = next(iter(spaces.leaves(space)))
-    shape = _leaf(found, some).shape[:3]
-    b, dreams, horizon = shape
+    shape = _leaf(found, next(iter(spaces.leaves(space)))).shape[:3]
+    horizon = shape[2]
     happened = tree_map(lambda x: x[:, -horizon:], truth)
 
-    def compare(one: Tree, other: Tree, leading: tuple[int, ...]) -> np.ndarray:
-        n = len(leading)
-        flat = [tree_map(lambda x: np.broadcast_to(x, (*leading, *x.shape[n:])).reshape(-1, *x.shape[n:]), each)
-                for each in (one, other)]  # fmt: skip
-        return difference(space, *flat).reshape(leading)
+    def compare(one: Tree, other: Tree) -> np.ndarray:
+        """Both have the leading axes `shape`, or broadcast to them; so does what is returned."""
 
-    yield compare(found, tree_map(lambda x: x[:, None], happened), shape).mean(axis=1)
-    yield compare(tree_map(lambda x: x[:, -horizon - 1 : -horizon], truth), happened, (b, horizon))
-    yield compare(tree_map(lambda x: x[:, -horizon:], believed), happened, (b, horizon))
-    yield compare(found, tree_map(lambda x: np.roll(x, 1, axis=1), found), shape).mean(axis=1)
+        def flat(x: np.ndarray) -> np.ndarray:
+            return np.broadcast_to(x, (*shape, *x.shape[3:])).reshape(-1, *x.shape[3:])
+
+        return difference(space, tree_map(flat, one), tree_map(flat, other)).reshape(shape)
+
+    once = tree_map(lambda x: x[:, None], happened)
+    yield compare(found, once).mean(axis=1)
+    yield compare(tree_map(lambda x: x[:, None, -horizon - 1 : -horizon], truth), once)[:, 0]
+    yield compare(tree_map(lambda x: x[:, None, -horizon:], believed), once)[:, 0]
+    yield compare(found, tree_map(lambda x: np.roll(x, 1, axis=1), found)).mean(axis=1)
 
 
 def _leaf(tree: Tree, path: str) -> Any:
@@ -296,13 +306,8 @@ def _board(symbols: np.ndarray, minigrid: bool) -> np.ndarray:
 
 
 def _greys(values: np.ndarray, space: Space) -> np.ndarray:
-    flat = values.reshape(len(values), -1).astype(np.float32)
-    if isinstance(space, gym_spaces.Discrete):
-        flat = np.eye(int(space.n), dtype=np.float32)[flat[:, 0].astype(np.int64) - int(space.start)]
-    low, high = flat.min(), flat.max()
-    if isinstance(space, gym_spaces.Box) and space.is_bounded():
-        low, high = space.low.min(), space.high.max()
-    grey = np.clip(255 * (flat - low) / max(high - low, 1e-8), 0, 255).astype(np.uint8)
+    flat = spaces.Flatten(space)(torch.as_tensor(values)).numpy()
+    grey = np.clip(127.5 * (flat + 1), 0, 255).astype(np.uint8)
     return _magnified(np.broadcast_to(grey[:, :, None, None], (*grey.shape, 1, 3)), 8)
 
 
@@ -315,8 +320,9 @@ def strips(dreams: Dreams) -> Figure:
     figure = Figure(figsize=(12, 1.9 * len(dreams.clips) + 0.3), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     steps = len(dreams.clips[0][0])
+    evenly = np.linspace(0, steps - 1, min(COLUMNS, steps)).round().astype(int)
     # The first dreamt frame is always among them.
-    chosen = np.unique(np.linspace(0, steps - 1, min(COLUMNS, steps)).round().astype(int).tolist() + [dreams.context + 1])
+    chosen = np.unique([*evenly.tolist(), dreams.context + 1])
     for ax, clip in zip(figure.subplots(len(dreams.clips), 1, squeeze=False)[:, 0], dreams.clips, strict=True):
         rows = [np.concatenate([_framed(part[t], t <= dreams.context) for t in chosen], axis=1) for part in clip]
         image = np.concatenate(rows)
@@ -326,7 +332,7 @@ def strips(dreams: Dreams) -> Figure:
         ax.set_xticks([(i + 0.5) * width for i in range(len(chosen))], [str(t - dreams.context) for t in chosen])
         ax.tick_params(length=0, labelsize=7)
         ax.spines[:].set_visible(False)
-    figure.supxlabel("steps ahead; green: it sees what happens, orange: it dreams, knowing the actions only", fontsize=8)
+    figure.supxlabel("steps ahead; green: it sees what happens, orange: it dreams, told the actions only", fontsize=8)
     return figure
 
 
@@ -344,9 +350,8 @@ def animate(dreams: Dreams) -> list[Image.Image]:
     """Returns the clips as the frames of an animation, side by side: what happened above, the dreams below."""
     frames = []
     for t in range(len(dreams.clips[0][0])):
-        rows = [np.concatenate([_framed(clip[i][t], t <= dreams.context) for clip in dreams.clips], axis=1)
-                for i in (0, 1)]  # fmt: skip
-        frames.append(Image.fromarray(_magnified(np.concatenate(rows)[None], 2)[0]))
+        beside = [np.concatenate([_framed(part[t], t <= dreams.context) for part in clip]) for clip in dreams.clips]
+        frames.append(Image.fromarray(_magnified(np.concatenate(beside, axis=1)[None], 2)[0]))
     return frames
 
 
@@ -374,11 +379,7 @@ def _write(dreams: Dreams, out: Path, animation: str) -> None:
         runs.write_atomically(out / "errors.png", lambda path: curves(dreams).savefig(path, format="png"))
         if dreams.clips:
             runs.write_atomically(out / "strips.png", lambda path: strips(dreams).savefig(path, format="png"))
-            frames = animate(dreams)
-            runs.write_atomically(
-                out / f"dreams.{animation}",
-                lambda path: frames[0].save(
-                    path, format=animation.upper(), save_all=True, append_images=frames[1:], duration=250, loop=0,
-                    **({"lossless": True} if animation == "webp" else {}),
-                ),
-            )  # fmt: skip
+            first, *others = animate(dreams)
+            options: dict[str, Any] = {"lossless": True} if animation == "webp" else {}
+            options |= {"format": animation, "save_all": True, "append_images": others, "duration": 250, "loop": 0}
+            runs.write_atomically(out / f"dreams.{animation}", lambda path: first.save(path, **options))
