@@ -17,8 +17,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize, VecTransposeImage
 
 from rlrep.belief import BeliefPolicy
+from rlrep.collect import collect
 from rlrep.encoders import load_belief
-from rlrep.explore import Bonus
+from rlrep.explore import Bonus, make_explorer
 from rlrep.intrinsic import IntrinsicReward
 from rlrep.latent import LatentVecEnv
 from rlrep.registry import SpecError
@@ -280,3 +281,67 @@ def test_a_run_has_both_encoders(tmp_path: Path) -> None:
     assert latent.reset().shape == (4, 2 * (LENGTH + 2))
     with pytest.raises(RunError, match="no encoder"):
         load_belief(tmp_path / "elsewhere")
+
+
+# --- exploring in it -------------------------------------------------------------------------------------------------
+
+
+class Dark(gym.Env[np.ndarray, np.int64]):
+    """Shows nothing, ever; only who remembers the actions knows more."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+    render_mode = None
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.time = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.time += 1
+        return np.zeros(2, np.float32), 0.0, False, self.time == 8, {}
+
+
+def paid(action: int, remembers: bool) -> float:
+    """What disagreement pays for an action after it has learnt from an episode after another of action 0 only."""
+    encoder: Any = Ledger(Dark.observation_space, Dark.action_space, keep=1.0, times=1.0)
+    torch.manual_seed(0)
+    latent = LatentVecEnv(venv_of(Dark, 8), encoder if remembers else encoder.encoder, device="cpu")
+    bonus = make_explorer("disagreement:encoder=none", latent.observation_space, latent.action_space, 8)
+    assert isinstance(bonus, Bonus)
+    bonus.learning_rate, bonus.batch_size = 3e-3, 32
+    rewarded = IntrinsicReward(latent, bonus, rng=np.random.default_rng(0), train_every=16)
+    rewarded.reset()
+    for _ in range(160):
+        rewarded.step(np.zeros(8, int))
+    found = []
+    bonus.watch = lambda step: found.append(float(bonus.reward(step).mean()))  # type: ignore[method-assign]
+    for t in range(8):
+        # The last action is 0 again: what is new is only what was done before.
+        rewarded.step(np.full(8, action if t < 4 else 0))
+    return float(np.mean(found[5:8]))
+
+
+def test_disagreement_explores_what_is_new_to_the_belief_though_nothing_new_is_seen() -> None:
+    assert paid(1, remembers=True) > 3 * paid(0, remembers=True)
+    assert paid(1, remembers=False) < 2 * paid(0, remembers=False)
+
+
+@pytest.mark.parametrize("explorer", ["random", "count", "disagreement:encoder=none"])
+def test_collecting_in_the_features_of_a_memory(explorer: str, tmp_path: Path) -> None:
+    venv = told()
+    encoder = memory_of(venv)
+    encoder.save_pretrained(tmp_path / "belief")
+    settings = None if explorer == "random" else {"n_steps": 16, "batch_size": 32, "n_epochs": 1}
+    data = collect(
+        venv, out=tmp_path / "data", explorer=explorer, steps=300, features=tmp_path / "belief", settings=settings
+    )
+    assert data.observation_space == venv.observation_space, "raw observations are recorded"
+    with pytest.raises(SpaceError, match="for `features` was made for actions"):
+        collect(venv_of(Recall), out=tmp_path / "other", steps=10, features=other_actions())
+    assert not (tmp_path / "other").exists()
+
+
+def other_actions() -> Ledger:
+    return Ledger(Recall.observation_space, spaces.Discrete(5))
