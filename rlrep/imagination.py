@@ -21,6 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from rlrep import nets, spaces
 from rlrep.dataset import Dataset, open_dataset
@@ -126,7 +127,7 @@ def fit_reward(
             )
         head = RewardHead(model.features_dim).to(place)
         optimizer = torch.optim.Adam(head.parameters(), lr=learning_rate)
-        for _ in range(updates):
+        for _ in tqdm(range(updates), desc="fit reward", unit="update", mininterval=0.5):
             batch = torch.from_numpy(rng.integers(len(rewards), size=batch_size)).to(place)
             loss = F.mse_loss(head(features[batch]), rewards[batch])
             optimizer.zero_grad(set_to_none=True)

@@ -112,7 +112,7 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
         encoder = pretrain(folders, out=trained, overwrite=overwrite, **vars(recipe.pretrain))
     n_runs = len(recipe.finetune.arms) * len(recipe.finetune.seeds)
     print(f"[3/4] finetune: {n_runs} runs of {recipe.finetune.steps:,} steps with reward -> {out / 'finetune'}")
-    scores = finetune(recipe.env, encoder=encoder, out=out / "finetune", overwrite=overwrite, **vars(recipe.finetune))
+    scores = finetune(recipe.env, encoder=trained, out=out / "finetune", overwrite=overwrite, **vars(recipe.finetune))
     print(f"[4/4] report -> {out / 'report.md'}")
     return report(scores, out=out)
 

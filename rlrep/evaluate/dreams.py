@@ -17,6 +17,7 @@ from gymnasium import spaces as gym_spaces
 from gymnasium.spaces import Space
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from rich.table import Table
 from rlrep_envs import EnvSpec
@@ -368,6 +369,7 @@ def curves(dreams: Dreams) -> Figure:
     ax.set_xlabel("steps ahead")
     ax.set_ylabel("prediction error")
     ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
