@@ -82,7 +82,7 @@ class RecurrentEncoder(Encoder):
         raise NotImplementedError
 
     def features(self, state: State) -> Tensor:
-        """Returns the features (N, D) at a state: those of the observation it has seen last beside the rest."""
+        """Returns the features (..., D) at states: those of the observation seen last beside the rest."""
         raise NotImplementedError
 
     def flat_action(self, action: Tensor, absent: Tensor | None = None) -> Tensor:
@@ -107,22 +107,23 @@ class RecurrentEncoder(Encoder):
         self, embedding: Tensor, action: Tensor, first: Tensor, state: State | None = None
     ) -> tuple[Tensor, State]:
         """As `scan`, from the features (B, T+1, E) of the observations by themselves."""
-        b, t = first.shape
-        flat = self.flat_action(action.flatten(0, 1)).unflatten(0, (b, t))
-        nothing = torch.zeros(b, self.action_dim, device=embedding.device)
-        begun = self.advance(embedding[:, 0], nothing, self.initial(b))
-        state = begun if state is None else _where(first[:, 0], begun, state)
-        found = [self.features(state)]
+        states = self.unroll(embedding, action, first, state)
+        return self.features(states), tree_map(lambda x: x[:, -1], states)
+
+    def unroll(self, embedding: Tensor, action: Tensor, first: Tensor, state: State | None = None) -> State:
+        """Returns the states (B, T+1, ...) after every observation; arguments as of `follow`."""
+        flat = self.flat_action(action.flatten(0, 1)).unflatten(0, first.shape)
+        begun = self.advance(embedding[:, 0], torch.zeros_like(flat[:, 0]), self.initial(len(first)))
+        found = [begun if state is None else _where(first[:, 0], begun, state)]
         # An observation after the first may begin an episode where segments are joined.
         resets = [*first[:, 1:].any(dim=0).tolist(), False]
         for i, reset in enumerate(resets, start=1):
-            acted = flat[:, i - 1]
+            before, acted = found[-1], flat[:, i - 1]
             if reset:
-                state = self._forgotten(first[:, i], state)
+                before = self._forgotten(first[:, i], before)
                 acted = acted * ~first[:, i, None]
-            state = self.advance(embedding[:, i], acted, state)
-            found.append(self.features(state))
-        return torch.stack(found, dim=1), state
+            found.append(self.advance(embedding[:, i], acted, before))
+        return tree_map(lambda *steps: torch.stack(steps, dim=1), *found)
 
     def _forgotten(self, first: Tensor, state: State) -> State:
         return _where(first, self.initial(len(first)), state)
@@ -202,30 +203,24 @@ class Recurrent(RecurrentEncoder):
 
     def features(self, state: State) -> Tensor:
         """The embedding beside the memory, on the same scale."""
-        return _features(state["embedding"], state["memory"])
+        memory = F.layer_norm(state["memory"], (self.width,))
+        return torch.cat([state["embedding"], memory], dim=-1)
 
-    def follow(
-        self, embedding: Tensor, action: Tensor, first: Tensor, state: State | None = None
-    ) -> tuple[Tensor, State]:
-        """As `scan`, from features, in one call where no episode begins within the segments."""
+    def unroll(self, embedding: Tensor, action: Tensor, first: Tensor, state: State | None = None) -> State:
+        """As of any recurrent encoder, in one call where no episode begins within the segments."""
         if bool(first[:, 1:].any()):
-            return super().follow(embedding, action, first, state)
+            return super().unroll(embedding, action, first, state)
         flat = self.flat_action(action.flatten(0, 1)).unflatten(0, first.shape)
         begun = self.advance(embedding[:, 0], torch.zeros_like(flat[:, 0]), self.initial(len(first)))
         begun = begun if state is None else _where(first[:, 0], begun, state)
         memory = self._run(torch.cat([embedding[:, 1:], flat], dim=-1), begun["memory"])
-        memory = torch.cat([begun["memory"][:, None], memory], dim=1)
-        embedding = torch.cat([begun["embedding"][:, None], embedding[:, 1:]], dim=1)
-        return _features(embedding, memory), {"embedding": embedding[:, -1], "memory": memory[:, -1]}
+        rest = {"embedding": embedding[:, 1:], "memory": memory}
+        return tree_map(lambda start, more: torch.cat([start[:, None], more], dim=1), begun, rest)
 
     def _run(self, inputs: Tensor, memory: Tensor) -> Tensor:
         """(N, T, ...) inputs, (N, width) before them -> (N, T, width), in single precision: small updates add up."""
         with torch.autocast(inputs.device.type, enabled=False):
             return self.gru(inputs.float(), memory.float()[None].contiguous())[0]
-
-
-def _features(embedding: Tensor, memory: Tensor) -> Tensor:
-    return torch.cat([embedding, F.layer_norm(memory, memory.shape[-1:])], dim=-1)
 
 
 def load_belief(encoder: str | Path | Url | Encoder) -> RecurrentEncoder:
