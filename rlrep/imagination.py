@@ -30,7 +30,10 @@ from rlrep.registry import SpecError
 from rlrep.types import DatasetError, SpaceError, to_tensor, tree_map
 
 ROWS = 2**13
-"""Observations that are encoded side by side, at most."""
+"""Observations that are read at once, at most."""
+
+LONGEST = 256
+"""Steps that a belief is followed for; longer episodes are cut, and nothing is known after a cut of what was before."""
 
 
 def load_world_model(encoder: str | Path | Encoder) -> WorldModel:
@@ -156,7 +159,6 @@ class DreamVecEnv(VecEnv):
         data: Where dreams begin: a dataset, its folder or URL, or several.
         n_envs: Dreams side by side.
         horizon: Steps of a dream at most.
-        context: Steps of an episode that a belief remembers at most, before the dream.
         sample_ends: Whether an end comes with the chance that the world model gives it, or only where that is above one
             half.
         seed: Of starts and dreams.
@@ -169,8 +171,8 @@ class DreamVecEnv(VecEnv):
         ValueError: A number out of range.
     """
 
-    POOL = 1024
-    """Beliefs that are inferred at once."""
+    EPISODES = 64
+    """Episodes at whose steps dreams begin, until others are drawn."""
 
     def __init__(
         self,
@@ -180,7 +182,6 @@ class DreamVecEnv(VecEnv):
         n_envs: int = 16,
         *,
         horizon: int = 15,
-        context: int = 64,
         sample_ends: bool = True,
         seed: int = 0,
         device: torch.device | str = "auto",
@@ -188,8 +189,6 @@ class DreamVecEnv(VecEnv):
         for name, number in {"n_envs": n_envs, "horizon": horizon}.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, not {number}")
-        if context < 0:
-            raise ValueError(f"context must not be negative, and it is {context}")
         model = load_world_model(encoder)
         self._data = open_dataset(data)
         _check_data(model, self._data)
@@ -201,7 +200,7 @@ class DreamVecEnv(VecEnv):
         place = get_device(device)
         self.encoder = copy.deepcopy(model).to(place).eval().requires_grad_(False)
         self.reward = copy.deepcopy(reward).to(place)
-        self.horizon, self.context, self.sample_ends = horizon, context, sample_ends
+        self.horizon, self.sample_ends = horizon, sample_ends
         self._rng = np.random.default_rng(seed)
         self._pool: State = None
         self._left = 0
@@ -250,11 +249,14 @@ class DreamVecEnv(VecEnv):
 
     def _starts(self, n: int) -> State:
         """Returns the beliefs of `n` environments at random steps of the data."""
-        if self._left < n:
-            self._pool = _beliefs(self.encoder, self._data, max(n, self.POOL), self.context, self._rng)
-            self._left = max(n, self.POOL)
-        self._left -= n
-        return tree_map(lambda x: x[self._left : self._left + n], self._pool)
+        found: list[State] = []
+        while n:
+            if not self._left:
+                self._pool, self._left = _beliefs(self.encoder, self._data, self.EPISODES, self._rng)
+            some = min(n, self._left)
+            n, self._left = n - some, self._left - some
+            found.append(tree_map(lambda x, a=self._left, b=some: x[a : a + b], self._pool))
+        return tree_map(lambda *parts: torch.cat(parts), *found)
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """Seeds starts and dreams; returns a number for each environment, as SB3 does."""
@@ -297,64 +299,66 @@ def _check_data(model: WorldModel, data: Dataset) -> None:
     spaces.check_same(data.action_space, model.action_space, "this world model was made for actions")
 
 
-def _walk(model: WorldModel, data: Dataset, start: np.ndarray, length: np.ndarray) -> Iterator[tuple[Tensor, State]]:
-    """Yields (features, state) at each observation of windows side by side, a first one and `length` (B,) more.
+def _pieces(data: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first rows and the steps, (P,) each, of all episodes, long ones cut."""
+    table = data.table
+    n = -(-table["length"] // LONGEST)
+    offset = LONGEST * (np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n))
+    return np.repeat(table["start"], n) + offset, np.minimum(np.repeat(table["length"], n) - offset, LONGEST)
 
-    Nothing is known of what lies before the rows `start` (B,). A window that is over stays at its last observation.
+
+def _walk(model: WorldModel, data: Dataset, start: np.ndarray, length: np.ndarray) -> Iterator[tuple[Tensor, State]]:
+    """Yields (features, state) at each observation of pieces side by side: the first one, and `length` (B,) more.
+
+    A piece that is over stays at its last observation.
     """
     at = start[:, None] + np.minimum(np.arange(int(length.max()) + 1), length[:, None])
     obs = tree_map(lambda x: x.reshape(*at.shape, *x.shape[1:]), data.column("obs", at.ravel()))
-    # Where a window is over, the action stands for nothing; that of its last observation might be none.
-    action = data.column("action", np.maximum(at[:, 1:] - 1, at[:, :1]).ravel()).reshape(
-        len(at), at.shape[1] - 1, *cast(tuple[int, ...], data.action_space.shape)
-    )
-    state = model.initial(len(start))
+    # The action before each observation; where a piece is over, its last one again.
+    actions = data.column("action", (at[:, 1:] - 1).ravel())
+    actions = actions.reshape(len(at), -1, *actions.shape[1:])
+    state = model.initial(len(at))
     for t in range(at.shape[1]):
         seen = to_tensor(tree_map(lambda x, t=t: x[:, t], obs), model.device)
-        led = action[:, t - 1] if t else spaces.zeros(data.action_space, (len(at),))
         first = torch.full((len(at),), t == 0, device=model.device)
-        features, state = model.step(seen, to_tensor(led, model.device), first, state)
+        features, state = model.step(seen, to_tensor(actions[:, max(t - 1, 0)], model.device), first, state)
         yield features, state
 
 
-def _beliefs(model: WorldModel, data: Dataset, n: int, context: int, rng: np.random.Generator) -> State:
-    """Returns states (n, ...) at steps of the data, in random order; all steps with an action are equally likely."""
-    table = data.table
-    ends = np.cumsum(table["length"])
-    step = rng.integers(data.n_transitions, size=n)
-    episode = np.searchsorted(ends, step, side="right")
-    reached = step - (ends - table["length"])[episode]
-    length = np.minimum(reached, context)
-    start = table["start"][episode] + reached - length
+def _beliefs(model: WorldModel, data: Dataset, episodes: int, rng: np.random.Generator) -> tuple[State, int]:
+    """Returns the states (n, ...) at all steps of so many episodes at most, in random order, and n."""
+    start, length = _pieces(data)
+    chosen = rng.permutation(len(start))[:episodes]
+    chosen = chosen[: max(1, ROWS // (int(length[chosen].max()) + 1))]
     found: list[State] = []
-    for some in np.array_split(np.arange(n), -(-n * (int(length.max()) + 1) // ROWS)):
-        for t, (_, state) in enumerate(_walk(model, data, start[some], length[some])):
-            over = torch.from_numpy(np.flatnonzero(length[some] == t)).to(model.device)
-            found.append(tree_map(lambda x, over=over: x[over], state))
+    for t, (_, state) in enumerate(_walk(model, data, start[chosen], length[chosen])):
+        # The last observation is no place to go on from.
+        on = torch.from_numpy(length[chosen] > t).to(model.device)
+        found.append(tree_map(lambda x, on=on: x[on], state))
+    n = int(length[chosen].sum())
     order = torch.from_numpy(rng.permutation(n)).to(model.device)
-    return tree_map(lambda *parts: torch.cat(parts)[order], *found)
+    return tree_map(lambda *parts: torch.cat(parts)[order], *found), n
 
 
 @torch.no_grad()
 def _rewarded(model: WorldModel, data: Dataset, steps: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Returns features (2M, D) of what followed M transitions, seen and then dreamt, and the rewards (2M,) of these."""
-    table = data.table
-    order = rng.permutation(data.n_episodes)
+    start, length = _pieces(data)
+    chosen = rng.permutation(len(start))
+    chosen = chosen[: np.searchsorted(np.cumsum(length[chosen]), steps) + 1]
     # Long ones together: each group is padded to its longest.
-    chosen = order[: np.searchsorted(np.cumsum(table["length"][order]), steps) + 1]
-    chosen = chosen[np.argsort(table["length"][chosen], kind="stable")]
+    chosen = chosen[np.argsort(length[chosen], kind="stable")]
     seen: list[Tensor] = []
     dreamt: list[Tensor] = []
     rewards: list[Tensor] = []
     while len(chosen):
-        group = chosen[-max(1, ROWS // (int(table["length"][chosen[-1]]) + 1)) :]
+        group = chosen[-max(1, ROWS // (int(length[chosen[-1]]) + 1)) :]
         chosen = chosen[: -len(group)]
-        start, length = table["start"][group], table["length"][group]
-        for t, (features, state) in enumerate(_walk(model, data, start, length)):
+        for t, (features, state) in enumerate(_walk(model, data, start[group], length[group])):
             if t:
-                seen.append(features[torch.from_numpy(length >= t).to(model.device)])
-            if (goes_on := length > t).any():
-                rows = start[goes_on] + t
+                seen.append(features[torch.from_numpy(length[group] >= t).to(model.device)])
+            if (goes_on := length[group] > t).any():
+                rows = start[group][goes_on] + t
                 on = torch.from_numpy(goes_on).to(model.device)
                 action = to_tensor(data.column("action", rows), model.device)
                 dreamt.append(model.features(model.imagine(tree_map(lambda x, on=on: x[on], state), action)))

@@ -15,6 +15,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecMonitor
 
+from rlrep import imagination
 from rlrep.collect import collect
 from rlrep.dataset import Dataset, DatasetWriter
 from rlrep.encoders import WorldModel
@@ -91,14 +92,13 @@ def test_dreams_begin_where_data_lead_and_go_where_actions_lead(data: Dataset, r
     assert ages.max() > 5, "none began within an episode"
 
 
-def test_beliefs_remember_no_more_than_the_context(data: Dataset, reward: RewardHead) -> None:
-    for context, longest in ((0, 1), (3, 4)):
-        found = age(DreamVecEnv(MODEL, reward, data, 64, context=context, device="cpu").reset())
-        assert found.max() == longest
+def test_long_episodes_are_cut(data: Dataset, reward: RewardHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imagination, "LONGEST", 4)
+    assert age(DreamVecEnv(MODEL, reward, data, 200, device="cpu").reset()).max() == 4
 
 
 def test_beliefs_are_those_of_the_episode(tmp_path: Path) -> None:
-    """However many windows are walked side by side, and whichever are over first: one that remembers a sum is right."""
+    """However many are walked side by side, and whichever are over first: one that remembers a sum is right."""
 
     class Sum(Ledger, WorldModel):
         """What `_beliefs` needs of a world model."""
