@@ -10,6 +10,7 @@ from rlrep_envs import EnvSpec, make_env, make_vec_env
 from rlrep.collect import collect
 from rlrep.dataset import Dataset, DatasetWriter
 from rlrep.encoders import Encoder, load_encoder, make_encoder
+from rlrep.evaluate.memory import probe_memory
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import report
 from rlrep.explore import Bonus
@@ -46,6 +47,7 @@ __all__ = [
     "policy_kwargs",
     "pretrain",
     "probe",
+    "probe_memory",
     "report",
     "run",
 ]
