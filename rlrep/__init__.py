@@ -12,6 +12,7 @@ from rlrep.collect import collect
 from rlrep.dataset import Dataset, DatasetWriter
 from rlrep.encoders import Encoder, load_belief, load_encoder, make_encoder
 from rlrep.evaluate.dreams import dream
+from rlrep.evaluate.memory import probe_memory
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import report
 from rlrep.explore import Bonus
@@ -54,6 +55,7 @@ __all__ = [
     "policy_kwargs",
     "pretrain",
     "probe",
+    "probe_memory",
     "report",
     "run",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,9 @@ class RecurrentEncoder(Encoder):
     def config(self) -> dict[str, Any]:
         """Everything needed to build it again, the encoder of one observation included."""
         config = super().config
-        config["options"]["encoder"] = {"name": self.encoder.name, **self.encoder.config["options"]}
+        # A subclass may make its own.
+        if "encoder" in inspect.signature(type(self)).parameters:
+            config["options"]["encoder"] = {"name": self.encoder.name, **self.encoder.config["options"]}
         return config | {"action_space": spaces.to_json(self.action_space)}
 
 

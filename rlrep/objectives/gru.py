@@ -15,7 +15,7 @@ from rlrep.encoders import Encoder, State, WorldModel
 from rlrep.encoders.recurrent import Recurrent
 from rlrep.objectives.autoencoder import Reconstruction, check_rarity
 from rlrep.objectives.base import Objective, objectives
-from rlrep.objectives.memory import Recall, draw_times
+from rlrep.objectives.memory import Recall, check_memory, draw_times
 from rlrep.types import Batch, Metrics, Tree, tree_map
 
 
@@ -97,12 +97,13 @@ class GRU(Objective):
         recall: float = 1.0,
         questions: int = 8,
         ratio: float = 0.6,
-        rarity: float = 0.5,
+        rarity: float = 1.0,
         end_weight: float = 0.01,
         decoder_width: int = 32,
     ) -> None:
         super().__init__(encoder, action_space)
         check_rarity("gru", rarity)
+        check_memory("gru", recall, ratio, steps=steps, questions=questions)
         self.span, self.recall_weight, self.end_weight = steps, recall, end_weight
         self.questions = questions
         self.belief = GRUWorldModel(encoder.observation_space, action_space, encoder, width, rarity, decoder_width)

@@ -63,3 +63,14 @@ def draw_times(mask: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     then = (drawn[..., 1] * (step + 2)).long()
     segment = torch.arange(len(mask), device=mask.device)[:, None].expand_as(step)
     return segment.flatten(), step.flatten(), then.flatten()
+
+
+def check_memory(name: str, recall: float, ratio: float, **counts: int) -> None:
+    """Raises unless `recall` is a weight, `ratio` lies between 0 and 1, and the counts are at least 1."""
+    if recall < 0:
+        raise ValueError(f"{name}: recall must not be negative, and it is {recall}")
+    if not 0 < ratio < 1:
+        raise ValueError(f"{name}: ratio must lie between 0 and 1, not {ratio}")
+    for option, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}: {option} must be at least 1, not {count}")

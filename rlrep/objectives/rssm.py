@@ -14,7 +14,7 @@ from rlrep import distributed, losses
 from rlrep.encoders import Encoder, State, WorldModel
 from rlrep.objectives.autoencoder import Reconstruction, check_rarity
 from rlrep.objectives.base import Objective, objectives
-from rlrep.objectives.memory import Recall, draw_times
+from rlrep.objectives.memory import Recall, check_memory, draw_times
 from rlrep.types import Batch, Metrics, RlrepError, Tree, tree_map
 
 UNIMIX = 0.01
@@ -152,7 +152,8 @@ class RecurrentStateSpace(Objective):
         groups: Codes.
         classes: Values of each code.
         hidden: Width of the layers between.
-        dynamics: Weight of the divergence that teaches the prior.
+        dynamics: Weight of the divergence that teaches the prior. This and the next are a fraction of the paper's 1 and
+            0.1: errors of drawing are means here, and sums there.
         representation: Weight of the divergence that makes codes predictable.
         free_nats: Of either divergence.
         decoder: Draw observations; else the states are held to the embedding by Barlow Twins' loss, as R2-Dreamer does.
@@ -186,12 +187,14 @@ class RecurrentStateSpace(Objective):
         recall: float = 1.0,
         questions: int = 8,
         ratio: float = 0.6,
-        rarity: float = 0.5,
+        rarity: float = 1.0,
         end_weight: float = 0.01,
         decoder_width: int = 32,
     ) -> None:
         super().__init__(encoder, action_space)
         check_rarity("rssm", rarity)
+        sizes = {"deter": deter, "groups": groups, "classes": classes, "hidden": hidden}
+        check_memory("rssm", recall, ratio, steps=steps, questions=questions, **sizes)
         self.span, self.questions = steps, questions
         self.dynamics, self.representation, self.free_nats = dynamics, representation, free_nats
         self.redundancy, self.projection = redundancy, projection

@@ -54,7 +54,19 @@ each_space = pytest.mark.parametrize(
 )
 
 
-TINY = {"hidden": 32, "projection_dim": 16, "width": 16, "decoder_width": 8, "n_codes": 16, "code_dim": 8, "steps": 3}
+TINY = {
+    "hidden": 32,
+    "projection_dim": 16,
+    "width": 16,
+    "decoder_width": 8,
+    "n_codes": 16,
+    "code_dim": 8,
+    "steps": 3,
+    "deter": 16,
+    "groups": 4,
+    "classes": 4,
+    "questions": 4,
+}
 """Makes the networks small, where an objective has these options: what is tested here does not need them large."""
 
 
@@ -216,7 +228,9 @@ def test_a_batch_with_little_in_it_is_finite(name: str, lengths: tuple[int, ...]
 @each_space
 def test_the_loss_falls_on_one_batch(name: str, space: str) -> None:
     # The pictures are noise, and noise that is shifted is other noise.
-    objective = build(name, space, **({"shift": 0} if "shift" in objectives.options(name) else {"weight": 1}))
+    # World models learn at any size, and are slow at their usual one.
+    large = {"shift": 0} if "shift" in objectives.options(name) else {"weight": 1}
+    objective = build(name, space, **({} if "recall" in objectives.options(name) else large))
     losses = fit(objective, segments(objective.span, space, lengths=(9, 9, 9, 9, 9, 9, 2, 1)), updates=40)
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
 
