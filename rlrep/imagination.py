@@ -229,7 +229,7 @@ class DreamVecEnv(VecEnv):
             terminated = (self.encoder.continues(features) < bound).cpu().numpy()
             truncated = (self._age >= self.horizon) & ~terminated
             dones = terminated | truncated
-            obs = np.array(features.cpu())
+            obs = features.cpu().numpy().copy()
             infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
             if len(ended := np.flatnonzero(dones)):
                 for i in ended:

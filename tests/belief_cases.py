@@ -52,7 +52,7 @@ class Ledger(RecurrentEncoder):
         return {"seen": embedding, "sum": self.keep * state["sum"] + embedding + self.times * number}
 
     def features(self, state: State) -> Tensor:
-        return torch.cat([state["seen"], state["sum"]], dim=1)
+        return torch.cat([state["seen"], state["sum"]], dim=-1)
 
 
 def ledger(obs: list[np.ndarray], actions: list[int]) -> np.ndarray:
@@ -141,7 +141,7 @@ class CorridorModel(WorldModel):
         return {"at": nn.functional.one_hot(moved, CELLS).float(), "age": state["age"] + 1}
 
     def features(self, state: State) -> Tensor:
-        return torch.cat([state["at"], state["age"] / 100], dim=1)
+        return torch.cat([state["at"], state["age"] / 100], dim=-1)
 
     def decode(self, features: Tensor) -> Tree:
         return features[:, :CELLS]
