@@ -83,13 +83,20 @@ class RSSM(WorldModel):
         """The embedding beside both states."""
         return torch.cat([state["embedding"], state["deter"], state["codes"].flatten(-2)], dim=-1)
 
+    def unroll(self, embedding: Tensor, action: Tensor, first: Tensor, state: State | None = None) -> State:
+        """As of any recurrent encoder, in single precision: small changes add up."""
+        with self._exactly():
+            return super().unroll(embedding.float(), action, first, state)
+
     def before(self, states: State) -> Tensor:
         """Returns the log-probabilities (..., G, C) of the codes before the observation was seen."""
-        return self._log_probs(self.prior(states["deter"]))
+        with self._exactly():
+            return self._log_probs(self.prior(states["deter"]))
 
     def see(self, features: Tensor) -> Tensor:
         """Returns what observations are drawn from, (..., hidden): the states only, the embedding left out."""
-        return self.context(features[..., self.encoder.features_dim :])
+        with self._exactly():
+            return self.context(features[..., self.encoder.features_dim :].float())
 
     def imagine(self, state: State, action: Tensor) -> State:
         """Draws codes from the prior; the embedding is that of the observation it draws from them, if it can draw."""
@@ -113,6 +120,9 @@ class RSSM(WorldModel):
     def continues(self, features: Tensor) -> Tensor:
         """Returns the probability (N,) that the episode does not terminate here."""
         return 1 - self.ends(self.see(features))[:, 0].sigmoid()
+
+    def _exactly(self) -> torch.autocast:
+        return torch.autocast(self.device.type, enabled=False)
 
     def _move(self, state: State, action: Tensor) -> Tensor:
         """The GRU: (N, deter) after a flat action, its gates normalised, and closed at first."""
@@ -226,7 +236,7 @@ class RecurrentStateSpace(Objective):
         n, model = self.span, self.belief
         mask, there = batch.mask[:, :n], batch.obs_mask[:, : n + 1]
         actions = self.actions(batch)[:, :n]
-        states = model.unroll(self.features(batch, n + 1).float(), actions, batch.first[:, :n] & mask)
+        states = model.unroll(self.features(batch, n + 1), actions, batch.first[:, :n] & mask)
         # The first observation of a segment cannot be predicted from what was before.
         learnt = torch.cat([batch.first[:, :1], mask], dim=1) & there
         dynamics, representation = losses.balanced_kl(states["log_probs"], model.before(states), learnt, self.free_nats)
