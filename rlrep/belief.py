@@ -58,7 +58,8 @@ class BeliefPolicy:
     ) -> None:
         encoder = load_encoder(encoder)
         features = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
-        spaces.check_same(model.observation_space, features, "this encoder gives")
+        learnt = "the model must have learnt on this encoder's features"
+        spaces.check_same(model.observation_space, features, learnt)
         if encoder.recurrent:
             actions = cast(RecurrentEncoder, encoder).action_space
             spaces.check_same(model.action_space, actions, "this encoder was made for actions")

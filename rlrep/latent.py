@@ -90,7 +90,7 @@ class LatentVecEnv(VecEnvWrapper):
 
     def step_async(self, actions: np.ndarray) -> None:
         """Notes the actions, and passes them on."""
-        self._actions = actions
+        self._actions = np.asarray(actions)
         self.venv.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:

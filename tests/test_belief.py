@@ -259,7 +259,7 @@ def test_a_state_belongs_to_its_environments_and_its_encoder() -> None:
 
 def test_a_model_of_something_else_is_refused() -> None:
     venv = told()
-    with pytest.raises(SpaceError, match="this encoder gives"):
+    with pytest.raises(SpaceError, match="learnt on this encoder's features"):
         BeliefPolicy(memory_of(venv), PPO("MlpPolicy", venv, **QUICK))
     model = PPO("MlpPolicy", VecNormalize(LatentVecEnv(venv, memory_of(venv))), **QUICK)
     with pytest.raises(SpaceError, match="norm_obs=False"):
