@@ -18,9 +18,11 @@ from stable_baselines3.common.vec_env import VecMonitor
 from rlrep import imagination
 from rlrep.collect import collect
 from rlrep.dataset import Dataset, DatasetWriter
-from rlrep.encoders import WorldModel
+from rlrep.encoders import WorldModel, make_encoder
+from rlrep.evaluate.dreams import dream
 from rlrep.imagination import DreamVecEnv, RewardHead, fit_reward
 from rlrep.latent import LatentVecEnv
+from rlrep.objectives import make_objective
 from rlrep.registry import SpecError
 from rlrep.types import DatasetError, Episode, SpaceError
 
@@ -168,6 +170,19 @@ def test_what_is_learnt_in_dreams_holds_in_the_real_environments(
     returns, lengths = evaluate_policy(model, real, 30, return_episode_rewards=True)
     assert np.mean(returns) > 0.9
     assert max(lengths) <= CELLS, "it does not go straight there"
+
+
+@pytest.mark.parametrize("spec", ["gru:width=8,decoder_width=4", "rssm:deter=8,groups=2,classes=3,hidden=8"])
+def test_world_models_that_are_learnt_dream_of_any_observation(spec: str, tmp_path: Path) -> None:
+    data = collect("rlrep/TinyGrid-v0:size=4,obs_type=dict", out=tmp_path / "data", steps=200, n_envs=4)
+    encoder = make_encoder("dict:features_dim=8", data.observation_space)
+    model = make_objective(spec, encoder, data.action_space).exports()["belief"].eval()
+    env = DreamVecEnv(model, fit_reward(model, data, updates=2, device="cpu"), data, 4, horizon=3, device="cpu")
+    PPO("MlpPolicy", env, n_steps=8, batch_size=16, n_epochs=1, device="cpu").learn(32)
+    found = dream(model, data, context=2, horizon=3, segments=8, device="cpu")
+    assert np.isfinite([found.dreamt, found.seen, found.uncertainty]).all()
+    # A random state is not sure of what comes, a deterministic one always.
+    assert (found.uncertainty.max() > 1e-6) == spec.startswith("rssm")
 
 
 def test_what_cannot_be_dreamt_is_refused(data: Dataset, reward: RewardHead, tmp_path: Path) -> None:
