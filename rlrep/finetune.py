@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
+from gymnasium.spaces import Space
 from rlrep_envs import EnvSpec, make_vec_env
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -18,7 +19,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from rlrep import runs, spaces
 from rlrep.augment import Augment
-from rlrep.encoders import Encoder, load_encoder, make_encoder
+from rlrep.encoders import Encoder, RecurrentEncoder, load_belief, load_encoder, make_encoder
+from rlrep.encoders.recurrent import BELIEF
 from rlrep.evaluate.comparison import PRETRAINED
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.latent import LatentVecEnv
@@ -29,12 +31,12 @@ from rlrep.types import RunError
 
 SCORES, FAILURES = "scores.jsonl", "failures.jsonl"
 
-Kind = Literal["scratch", "random-frozen", "frozen", "finetune", "augment"]
+Kind = Literal["scratch", "random-frozen", "frozen", "belief", "finetune", "augment"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 DEFAULT_ARMS = ("scratch", "random-frozen", "frozen", "finetune")
-"""Those that any observation has; `augment` is for pictures."""
+"""Those that any observation has; `augment` is for pictures, and `belief` for encoders with a memory."""
 
 SEED_STRIDE = 10_000
 """Apart from one another: the environment seeds of two runs, and of training and evaluation."""
@@ -48,6 +50,9 @@ class Arm:
     untrained encoder; `frozen` on those of the pre-trained one, computed once a step; `finetune` trains the pre-trained
     encoder along, at `lr_scale` times the policy's rate; `augment` is `scratch` on pictures that are shifted at random
     by up to `shift` pixels in every update: what pre-training has to beat, and often does not (arXiv:2205.07886).
+
+    `belief` trains a policy on the features of the recurrent encoder that was pre-trained beside the other one: it
+    remembers the episode. `frozen` is the same without a memory.
     """
 
     name: str
@@ -131,7 +136,9 @@ def finetune(
         env: Environment spec.
         out: Run folder: `scores.jsonl` has a row an evaluation, `failures.jsonl` one a failed job, `tensorboard/` the
             same curves.
-        encoder: Pre-trained encoder, or its folder; without one only `scratch` and `random-frozen` can run.
+        encoder: Pre-trained encoder, or its folder; without one only `scratch` and `random-frozen` can run. `belief`
+            needs the folder of a run that trained a recurrent one too, or that recurrent encoder, whose encoder of
+            single observations then serves the other arms.
         arms: Names or mappings, see `Arm`.
         seeds: One run of each arm a seed.
         steps: Rewarded environment steps of each run.
@@ -154,6 +161,7 @@ def finetune(
     Raises:
         SpaceError: The encoder was made for other observations.
         RunError: `out` is taken by something else, or every job failed.
+        SpecError: The encoder of `belief` has no memory.
         ClusterError: The Ray cluster cannot be reached.
         ValueError: Unknown arm, algorithm or setting, a number out of range, a frozen arm without an encoder, or
             `augment` without pictures.
@@ -167,9 +175,15 @@ def finetune(
         if count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
     pretrained = load_encoder(encoder) if encoder is not None else None
+    belief = None
+    if isinstance(pretrained, RecurrentEncoder):
+        belief, pretrained = pretrained, pretrained.encoder
+        pretrained.provenance = belief.provenance
+    elif encoder is not None and any(arm.kind == BELIEF for arm in parsed):
+        belief = load_belief(encoder)
     if needy := [arm.name for arm in parsed if arm.pretrained and pretrained is None]:
         raise ValueError(f"arm {needy[0]!r} needs a pre-trained encoder; pass one, or leave the arm out")
-    space = _observation_space(spec)
+    space, action_space = _spaces(spec)
     for arm in parsed:
         if arm.kind == "augment" and not Augment(space, arm.shift).active:
             raise ValueError(
@@ -178,6 +192,8 @@ def finetune(
             )
     if pretrained is not None:
         spaces.check_same(space, pretrained.observation_space, "this encoder was made for observations")
+    if belief is not None:
+        spaces.check_same(action_space, belief.action_space, "this encoder was made for actions")
     record = {
         "env": str(spec),
         "algorithm": algorithm,
@@ -191,6 +207,7 @@ def finetune(
         "eval_episodes": eval_episodes,
         "deterministic": deterministic,
         "encoder": _describe(pretrained),
+        "belief": _describe(belief),
     }
     with runs.lock(Path(out)):
         run = runs.RunFolder(out, "finetune", record, overwrite=overwrite)
@@ -201,13 +218,15 @@ def finetune(
         if pretrained is not None:
             # A copy makes the run whole: what was fine-tuned can be looked at later.
             runs.write_atomically(run.path / "encoder", pretrained.save_pretrained)
+        if belief is not None:
+            runs.write_atomically(run.path / "belief", belief.save_pretrained)
         jobs = [
             {
                 **record,
                 "device": device,
                 "arm": arm,
                 "seed": seed,
-                "encoder": pretrained if arm.pretrained else untrained,
+                "encoder": belief if arm.kind == BELIEF else pretrained if arm.pretrained else untrained,
             }
             for seed in seeds
             for arm in parsed
@@ -286,7 +305,7 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
         encoder = make_encoder({"name": encoder.name, **encoder.config["options"]}, encoder.observation_space)
     settings = {**job["settings"], **arm.settings}
     extra = settings.pop("policy_kwargs", {})
-    if arm.kind in ("frozen", "random-frozen"):
+    if arm.kind in ("frozen", "random-frozen", BELIEF):
         env, evaluation = (LatentVecEnv(each, encoder, device=job["device"]) for each in (env, evaluation))
         policy = "MlpPolicy"
     else:
@@ -344,11 +363,11 @@ class _Evaluate(BaseCallback):
         self.evaluating += time.perf_counter() - began
 
 
-def _observation_space(spec: EnvSpec) -> Any:
-    """What `make_vec_env` will give, frame stack included."""
+def _spaces(spec: EnvSpec) -> tuple[Space, Space]:
+    """The spaces of what `make_vec_env` will give, frame stack included."""
     env = make_vec_env(spec)
     env.close()
-    return env.observation_space
+    return env.observation_space, env.action_space
 
 
 def _describe(encoder: Encoder | None) -> dict[str, Any] | None:

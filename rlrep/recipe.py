@@ -19,12 +19,16 @@ from tqdm import tqdm
 from rlrep import runs
 from rlrep.collect import collect
 from rlrep.encoders import Encoder
+from rlrep.encoders.recurrent import BELIEF
+from rlrep.evaluate.dreams import dream
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import report
 from rlrep.evaluate.summary import Summary
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.finetune import finetune, parse_arms
+from rlrep.objectives import Objective, objectives
 from rlrep.pretrain import pretrain
+from rlrep.registry import split_spec
 from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml, settings_of
 from rlrep.types import RunError
 
@@ -33,6 +37,7 @@ RECIPE, LOG = "recipe.yaml", "log.txt"
 # A stage's settings are the keywords of its function: stated there, once.
 if TYPE_CHECKING:
     from typing import Any as Collect
+    from typing import Any as Dream
     from typing import Any as Finetune
     from typing import Any as Pretrain
     from typing import Any as Probe
@@ -40,6 +45,7 @@ else:
     Collect = settings_of(collect, omit=("env", "out", "overwrite"), name="Collect")
     Pretrain = settings_of(pretrain, omit=("data", "out", "overwrite"), name="Pretrain")
     Probe = settings_of(probe, omit=("encoder", "data"), name="Probe")
+    Dream = settings_of(dream, omit=("encoder", "data", "out"), name="Dream")
     Finetune = settings_of(finetune, omit=("env", "encoder", "out", "overwrite"), name="Finetune")
 
 
@@ -93,7 +99,12 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
     """
     out = Path(out)
     # A wrong arm would else be found after hours of collecting and pre-training.
-    parse_arms(recipe.finetune.arms, recipe.finetune.algorithm, recipe.finetune.settings or {})
+    arms = parse_arms(recipe.finetune.arms, recipe.finetune.algorithm, recipe.finetune.settings or {})
+    if any(arm.kind == BELIEF for arm in arms) and not _trains_a_memory(recipe.pretrain.objectives):
+        raise SettingsError(
+            f"arm {BELIEF!r} needs an encoder with a memory, and {recipe.pretrain.objectives} train none: add 'gru' or "
+            "'rssm' to the objectives, or leave the arm out"
+        )
     folders = [] if data is None else [Path(data)]
     encoder: Encoder | None = None
     for i in range(1, recipe.rounds + 1):
@@ -110,9 +121,16 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
         encoder = pretrain(folders, out=trained, overwrite=overwrite, **vars(recipe.pretrain))
     n_runs = len(recipe.finetune.arms) * len(recipe.finetune.seeds)
     print(f"[3/4] finetune: {n_runs} runs of {recipe.finetune.steps:,} steps with reward -> {out / 'finetune'}")
-    scores = finetune(recipe.env, encoder=encoder, out=out / "finetune", overwrite=overwrite, **vars(recipe.finetune))
+    scores = finetune(recipe.env, encoder=trained, out=out / "finetune", overwrite=overwrite, **vars(recipe.finetune))
     print(f"[4/4] report -> {out / 'report.html'}")
     return report(scores, out=out, stages=folders)
+
+
+def _trains_a_memory(specs: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]) -> bool:
+    """Whether one of these objectives has a recurrent encoder to save."""
+    several = [specs] if isinstance(specs, str | Mapping) else specs
+    names = [split_spec(spec)[0] if isinstance(spec, str) else spec["name"] for spec in several]
+    return any(objectives.get(name).exports is not Objective.exports for name in names)
 
 
 def on_ray(recipe: Recipe, ray: str | None) -> Recipe:

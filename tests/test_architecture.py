@@ -26,7 +26,7 @@ TIERS = [
     ["nets", "losses", "augment", "dataset", "settings", "fanout", "interop", "recorder"],
     ["encoders"],
     ["objectives", "sb3"],
-    ["explore", "latent"],
+    ["explore", "latent", "belief", "imagination"],
     ["evaluate", "intrinsic"],
     ["live"],
     ["collect", "pretrain", "finetune"],
