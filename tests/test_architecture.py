@@ -28,7 +28,7 @@ TIERS = [
     ["objectives", "sb3"],
     ["explore", "latent"],
     ["evaluate", "intrinsic"],
-    ["collect", "pretrain", "finetune"],
+    ["collect", "pretrain", "warm", "finetune"],
     ["recipe"],
     ["cli"],
     ["__main__"],

@@ -34,6 +34,9 @@ BASELINE, CONTROL = "scratch", "random-frozen"
 PRETRAINED = ("frozen", "finetune")
 """The kinds of arm with a pre-trained encoder; `augment`, for one, is another way of training from scratch."""
 
+WARM, EXPLORER = ("warm-actor", "warm-logits"), "explorer"
+"""The kinds of arm that start from an explorer's policy, and the one that is that policy, never trained with reward."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
