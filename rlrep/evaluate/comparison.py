@@ -82,7 +82,7 @@ class ArmSummary:
     speed_up_charged: Ratio | None
     """The same with the reward-free steps added to every run of a pre-trained arm."""
     speed_up_over_control: Ratio | None
-    """Over the untrained encoder, in rewarded steps."""
+    """Of an arm with a pre-trained encoder, over the untrained one, in rewarded steps."""
     sooner: Interval | None
     """Probability that a run reaches the threshold before one of the baseline."""
 
@@ -98,8 +98,8 @@ class ArmSummary:
 
     @property
     def pretrained(self) -> bool:
-        """Whether it builds on a pre-trained encoder."""
-        return self.kind in PRETRAINED
+        """Whether it learns with reward on what was learnt without: an encoder, or an explorer's policy."""
+        return self.kind in (*PRETRAINED, *WARM)
 
     @property
     def seconds(self) -> float:
@@ -127,9 +127,24 @@ class Task:
         return self.settings.get("encoder") or {}
 
     @property
-    def reward_free_steps(self) -> int:
-        """Environment steps taken without reward before any of these runs."""
-        return self.encoder.get("reward_free_steps") or 0
+    def explorer(self) -> dict[str, Any]:
+        """What is known of the explorer; empty if there is none."""
+        return self.settings.get("explorer") or {}
+
+    def reward_free_steps(self, kind: str) -> int:
+        """Environment steps taken without reward before a run of an arm of this kind."""
+        explored, steps = kind in (*WARM, EXPLORER), 0
+        if explored:
+            steps += self.explorer.get("reward_free_steps") or 0
+        if kind in PRETRAINED or (explored and self.explorer.get("features")):
+            steps += self.encoder.get("reward_free_steps") or 0
+        return steps
+
+    @property
+    def before(self) -> str:
+        """The reward-free steps of its arms in words, empty if there are none."""
+        counts = sorted({self.reward_free_steps(arm.kind) for arm in self.arms} - {0})
+        return " or ".join(f"{count:,}" for count in counts)
 
 
 def read_task(path: Path, threshold: float | None = None) -> Task:
@@ -235,7 +250,7 @@ def compare(tasks: Sequence[Task], unit: float) -> tuple[ArmSummary, ...]:
             arm,
             speed_up=_speed_up(baseline, arm, tasks),
             speed_up_charged=_speed_up(baseline, arm, tasks, charged=True) if arm.pretrained else None,
-            speed_up_over_control=_speed_up(control, arm, tasks) if arm.pretrained else None,
+            speed_up_over_control=_speed_up(control, arm, tasks) if arm.kind in PRETRAINED else None,
             sooner=_sooner(baseline, arm, tasks),
         )
         for arm in arms
@@ -299,15 +314,18 @@ def _shared(one: ArmSummary, other: ArmSummary, tasks: Sequence[Task]) -> list[T
 def _speed_up(slower: ArmSummary | None, arm: ArmSummary, tasks: Sequence[Task], charged: bool = False) -> Ratio | None:
     if slower is None or slower.name == arm.name or not (shared := _shared(slower, arm, tasks)):
         return None
-    if charged and not any(task.reward_free_steps for task in shared):
+    # An explorer is not trained with reward, so it cannot be sooner.
+    if arm.kind == EXPLORER or (charged and not any(task.reward_free_steps(arm.kind) for task in shared)):
         return None
-    extra = np.array([task.reward_free_steps / task.budget if charged else 0.0 for task in shared])
+    extra = np.array([task.reward_free_steps(arm.kind) / task.budget if charged else 0.0 for task in shared])
     mine = _matrix(arm, shared, _share_of_budget) + extra
     return speed_up(_matrix(slower, shared, _share_of_budget), mine, 1.0, fixed_rng())
 
 
 def _sooner(baseline: ArmSummary | None, arm: ArmSummary, tasks: Sequence[Task]) -> Interval | None:
-    if baseline is None or baseline.name == arm.name or not (shared := _shared(baseline, arm, tasks)):
+    if baseline is None or baseline.name == arm.name or arm.kind == EXPLORER:
+        return None
+    if not (shared := _shared(baseline, arm, tasks)):
         return None
     theirs, mine = (_matrix(a, shared, _share_of_budget) for a in (baseline, arm))
     return probability_of_improvement(theirs, mine, fixed_rng())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rlrep.evaluate.comparison import BASELINE, CONTROL, ArmSummary, Task, fixed_rng
+from rlrep.evaluate.comparison import BASELINE, CONTROL, EXPLORER, ArmSummary, Task, fixed_rng
 from rlrep.evaluate.stats import iqm, stratified_bootstrap
 
 RESAMPLES = 2_000
@@ -32,6 +33,9 @@ def draw(tasks: Sequence[Task]) -> Figure:
     others = list(dict.fromkeys(arm.name for task in tasks for arm in task.arms if arm.kind not in COLOURS))
     for ax, task in zip(axes, tasks, strict=False):
         for arm in task.arms:
+            if arm.kind == EXPLORER:
+                # It was evaluated once, and nothing has changed it since.
+                arm = _level(arm, task.budget)
             place = others.index(arm.name) if arm.kind not in COLOURS else 0
             _draw_arm(ax, arm, COLOURS.get(arm.kind, OTHER_COLOURS[place % len(OTHER_COLOURS)]))
         _dress(ax, task)
@@ -43,6 +47,16 @@ def draw(tasks: Sequence[Task]) -> Figure:
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(len(named), 5), frameon=False)
     figure.supxlabel(_caption(tasks), fontsize=7.5, color="#555555")
     return figure
+
+
+def _level(arm: ArmSummary, budget: int) -> ArmSummary:
+    """Returns the arm with curves that stay at their first value up to the budget."""
+    held = [
+        dataclasses.replace(run, steps=np.array([0.0, budget]), returns=run.returns[[0, 0]])
+        for run in arm.runs
+        if len(run.steps)
+    ]
+    return dataclasses.replace(arm, runs=tuple(held))
 
 
 def _draw_arm(ax: Axes, arm: ArmSummary, colour: str) -> None:
@@ -91,7 +105,7 @@ def _caption(tasks: Sequence[Task]) -> str:
     runs = [run for task in tasks for arm in task.arms for run in arm.runs]
     dashed = "; dashed: failed or unfinished" if any(run.state != "finished" for run in runs) else ""
     lines = [f"Thick: interquartile mean over seeds, band: its 95 % bootstrap interval, thin: every seed{dashed}."]
-    if counts := sorted({f"{task.reward_free_steps:,}" for task in tasks if task.reward_free_steps}):
+    if counts := sorted({task.before for task in tasks if task.before}):
         before = " or ".join(counts)
         lines.append(f"Pre-trained arms had {before} reward-free steps before, which this axis does not count.")
     return "\n".join(lines)

@@ -20,6 +20,8 @@ from rich.table import Table
 from rlrep import runs
 from rlrep.evaluate.comparison import (
     CONTROL,
+    EXPLORER,
+    WARM,
     ArmSummary,
     Run,
     Task,
@@ -117,7 +119,7 @@ def _answer(arms: Sequence[ArmSummary], tasks: Sequence[Task]) -> str:
     baseline = find_baseline(arms)
     pretrained = sorted((arm for arm in arms if arm.pretrained), key=slowness)
     if not pretrained:
-        return "It cannot be told whether pre-training helped: no arm with a pre-trained encoder was run."
+        return "It cannot be told whether pre-training helped: no pre-trained arm was run."
     if baseline is None:
         return "It cannot be told whether pre-training helped: no arm was trained from scratch to compare with."
     verdicts = {arm.name: _verdict(arm, baseline) for arm in pretrained}
@@ -135,6 +137,11 @@ def _answer(arms: Sequence[ArmSummary], tasks: Sequence[Task]) -> str:
             clauses.append(
                 f"but `{helped[0].name}` cannot be told apart from the untrained encoder of `{control.name}`, "
                 "so the training of the encoder need not be what helped"
+            )
+        alone = next((arm for arm in arms if arm.kind == EXPLORER and arm.n_solved), None)
+        if alone and helped[0].kind in WARM:
+            clauses.append(
+                f"but `{alone.name}` reaches it in {alone.n_solved} of {len(alone.finished)} runs without any reward"
             )
     elif unclear:
         clauses = [
@@ -331,11 +338,13 @@ def _legend(summary: Summary) -> list[str]:
         lines.append("A value that begins with >: too few runs reached the return within their steps.")
     if len(summary.tasks) > 1:
         lines.append("All tasks: steps as a share of each task's budget.")
-    before = {task.label: f"{task.reward_free_steps:,}" for task in summary.tasks if task.reward_free_steps}
+    before = {task.label: task.before for task in summary.tasks if task.before}
     if before:
         counts = ", ".join(dict.fromkeys(before.values()))
         each = f" ({', '.join(before)})" if len(set(before.values())) > 1 else ""
         lines.append(f"Before these runs: {counts} steps without reward, not counted above{each}.")
+    if alone := [arm.name for arm in arms if arm.kind == EXPLORER]:
+        lines.append(f"{alone[0]}: evaluated once, before any rewarded step, and held level from there.")
     lost = [run for run in summary.runs if run.state != "finished"]
     if lost:
         failed = sum(run.state == "failed" for run in lost)
