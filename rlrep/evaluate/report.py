@@ -119,7 +119,7 @@ def _answer(arms: Sequence[ArmSummary], tasks: Sequence[Task]) -> str:
     baseline = find_baseline(arms)
     pretrained = sorted((arm for arm in arms if arm.pretrained), key=slowness)
     if not pretrained:
-        return "It cannot be told whether pre-training helped: no pre-trained arm was run."
+        return "It cannot be told whether pre-training helped: no arm with a pre-trained encoder or policy was run."
     if baseline is None:
         return "It cannot be told whether pre-training helped: no arm was trained from scratch to compare with."
     verdicts = {arm.name: _verdict(arm, baseline) for arm in pretrained}
