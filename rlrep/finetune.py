@@ -325,7 +325,9 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
             env, evaluation = (LatentVecEnv(each, encoder, device=job["device"]) for each in (env, evaluation))
         if arm.kind == EXPLORER:
             env.close()
-            return explorer.load(job["device"]), evaluation
+            model = explorer.load(job["device"])
+            model.set_random_seed(job["seed"])
+            return model, evaluation
         start = cast(Start, arm.kind)
         model = warm_start(
             start,

@@ -103,7 +103,7 @@ def load_explorer(path: str | Path) -> Explorer:
             )
     file, model = load_policy(path)
     record: dict[str, Any] = {
-        "name": str(path),
+        "name": file.name,
         "algorithm": next(name for name, cls in algorithms().items() if type(model) is cls),
         "digest": _digest(model.policy),
         "reward_free_steps": model.num_timesteps,
@@ -185,7 +185,7 @@ def check_explorer(
 
 def _actor_critic(algorithm: str) -> bool:
     """Whether an algorithm trains a policy of the family of PPO's."""
-    return algorithm.lower() in ("ppo", "a2c", "trpo", "maskableppo", "recurrentppo")
+    return algorithm.lower() in ("ppo", "a2c", "maskableppo", "recurrentppo")
 
 
 def _layers(model: BaseAlgorithm) -> dict[str, Any]:

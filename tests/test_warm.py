@@ -20,7 +20,7 @@ from torch import Tensor
 from rlrep import cli, runs
 from rlrep.collect import collect
 from rlrep.encoders import make_encoder
-from rlrep.finetune import SCORES, finetune
+from rlrep.finetune import SCORES, Arm, _run_job, finetune
 from rlrep.recipe import load_recipe, run
 from rlrep.sb3 import get_algorithm, policy_kwargs
 from rlrep.settings import SettingsError, changed
@@ -217,6 +217,17 @@ def test_an_explorer_in_features_starts_on_the_same_features(
     assert not (tmp_path / "run").exists()
     assert cli.main([*words, "--explorer", str(data), "--encoder", str(encoder)]) == 0
     assert runs.read_jsonl(tmp_path / "run" / SCORES)[-1]["last"]
+
+
+def test_the_explorer_by_itself_is_scored_alike_by_the_same_seed(explored: Path) -> None:
+    arm = Arm.parse("explorer")
+    job = {**SMALL, "env": SPEC, "arm": arm, "seed": 1, "explorer": load_explorer(explored), "encoder": None}
+    job |= {"device": "cpu", "threshold": 0.8, "deterministic": False}
+    rows: list[dict[str, Any]] = []
+    for _ in range(2):
+        _run_job(job, rows.append)
+    first, second = ({**row, "seconds": 0} for row in rows)
+    assert first == second
 
 
 def test_untrained_arms_have_the_explorers_network(explored: Path) -> None:
