@@ -28,7 +28,7 @@ from rlrep.latent import LatentVecEnv
 from rlrep.registry import nearest
 from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs
 from rlrep.types import RunError
-from rlrep.warm import Explorer, Start, check_explorer, load_explorer, warm_start
+from rlrep.warm import CriticFirst, Explorer, Start, check_explorer, load_explorer, warm_start
 
 SCORES, FAILURES = "scores.jsonl", "failures.jsonl"
 
@@ -53,14 +53,16 @@ class Arm:
     by up to `shift` pixels in every update: what pre-training has to beat, and often does not (arXiv:2205.07886).
 
     The others need an explorer, and have its layers: `warm-actor` starts from a copy of its actor, with values anew;
-    `warm-logits` adds its frozen logits to those of a fresh policy (arXiv:2111.09119); `explorer` is that policy as it
-    is, evaluated once and never trained with reward: what a warm start has to beat.
+    `warm-logits` adds its frozen logits to those of a fresh policy (arXiv:2111.09119); in both, only values are learnt
+    in the first `critic_steps` rewarded steps, lest a fresh critic ruin the actor (arXiv:2301.07302). `explorer` is
+    that policy as it is, evaluated once and never trained with reward: what a warm start has to beat.
     """
 
     name: str
     kind: Kind
     lr_scale: float = 0.1
     shift: int = 4
+    critic_steps: int = 0
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Constructor arguments of the algorithm, over those all arms share."""
 
@@ -110,6 +112,11 @@ def parse_arms(arms: Sequence[str | Mapping[str, Any]], algorithm: str, settings
     cls = get_algorithm(algorithm)
     for arm in parsed:
         check_settings(cls, {**settings, **arm.settings})
+        if arm.critic_steps < 0 or (arm.critic_steps and arm.kind not in WARM):
+            raise ValueError(
+                f"critic_steps={arm.critic_steps} of arm {arm.name!r}: it is 0 or more, and only arms that start "
+                f"from an explorer have it ({', '.join(WARM)})"
+            )
         if not arm.lr_scale > 0:
             raise ValueError(f"lr_scale={arm.lr_scale} of arm {arm.name!r} is not positive; 'frozen' does not learn")
     return parsed
@@ -301,7 +308,8 @@ def _run_job(job: Mapping[str, Any], send: Send) -> None:
         if arm.kind == EXPLORER:
             callback.init_callback(model)
         else:
-            model.learn(job["steps"], callback=callback)
+            callbacks: list[BaseCallback] = [CriticFirst(arm.critic_steps)] if arm.kind in WARM else []
+            model.learn(job["steps"], callback=[*callbacks, callback])
         callback.score(last=True)
     finally:
         evaluation.close()

@@ -17,6 +17,7 @@ import torch
 from gymnasium import spaces as gym_spaces
 from gymnasium.spaces import Space
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
 from stable_baselines3.common.vec_env import VecEnv
@@ -256,6 +257,40 @@ def copy_actor(source: BasePolicy, target: BasePolicy) -> None:
             f"{shapes.get(name, 'missing')} and should be {wanted.get(name, 'missing')}"
         )
     target.load_state_dict(theirs, strict=False)
+
+
+class CriticFirst(BaseCallback):
+    """Leaves a policy's actor as it is until its critic has seen so many steps.
+
+    A fresh critic's first advantages are noise, and an explorer's actor does not survive many updates by them.
+
+    Args:
+        steps: Environment steps during which only what estimates values is trained.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self._actor: list[nn.Parameter] = []
+
+    def _on_training_start(self) -> None:
+        named = self.model.policy.named_parameters()
+        self._actor = [p for name, p in named if p.requires_grad and not name.startswith(CRITIC)]
+        self._train(self.steps <= 0)
+
+    def _on_rollout_end(self) -> None:
+        # What was collected is learnt from now.
+        self._train(self.num_timesteps > self.steps)
+
+    def _on_training_end(self) -> None:
+        self._train(True)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _train(self, actor: bool) -> None:
+        for parameter in self._actor:
+            parameter.requires_grad_(actor)
 
 
 class BesideExplorer(BaseFeaturesExtractor):

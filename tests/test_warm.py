@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from rlrep.recipe import load_recipe, run
 from rlrep.sb3 import get_algorithm, policy_kwargs
 from rlrep.settings import SettingsError, changed
 from rlrep.types import RlrepError, RunError, SpaceError
-from rlrep.warm import BesideExplorer, Explorer, check_explorer, copy_actor, load_explorer, warm_start
+from rlrep.warm import BesideExplorer, CriticFirst, Explorer, check_explorer, copy_actor, load_explorer, warm_start
 
 SPEC = "rlrep/TinyGrid-v0:size=5"
 PPO_SETTINGS = {"n_steps": 16, "batch_size": 16, "n_epochs": 1}
@@ -109,6 +110,25 @@ def test_the_actor_is_copied_and_the_values_are_fresh(
     before = distribution(warm, obs)
     warm.learn(32, **({"use_masking": False} if algorithm == "maskableppo" else {}))
     assert not torch.equal(before[0], distribution(warm, obs)[0]), "it does not learn"
+
+
+def test_the_critic_learns_first(tmp_path: Path) -> None:
+    env = noise("grid")
+    warm = started("warm-logits", trained(tmp_path / "explorer.zip", env), env)
+    obs = observations(warm)
+    policy: Any = warm.policy
+
+    def found() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return distribution(warm, obs)[0], policy.predict_values(obs)
+
+    # A roll-out is of 32 steps: the first two are for the critic alone.
+    seen = [found()]
+    for _ in range(3):
+        warm.learn(32, callback=CriticFirst(64), reset_num_timesteps=False)
+        seen.append(found())
+    assert [torch.equal(a[0], b[0]) for a, b in pairwise(seen)] == [True, True, False]
+    assert not any(torch.equal(a[1], b[1]) for a, b in pairwise(seen))
 
 
 def test_a_memory_is_copied_with_the_actor(tmp_path: Path) -> None:
@@ -251,6 +271,7 @@ def test_untrained_arms_have_the_explorers_network(explored: Path) -> None:
     [
         ({"explorer": None}, ValueError, "'warm-actor' needs an explorer"),
         ({"arms": ["warm-actr"]}, ValueError, "Did you mean 'warm-actor'"),
+        ({"arms": [{"name": "scratch", "critic_steps": 9}]}, ValueError, "critic_steps=9 of arm 'scratch'"),
         ({"explorer": "nowhere"}, RlrepError, "no file 'nowhere'"),
         ({"explorer": "."}, RunError, "holds no dataset"),
         ({"env": "CartPole-v1"}, SpaceError, "explorer 'count' was trained on observations"),
