@@ -56,6 +56,8 @@ class Studies:
     """PPO's settings without reward."""
     settings: dict[str, Any]
     """PPO's settings with reward, of every arm."""
+    critic_steps: int
+    """Of the warm starts."""
     eval_every: int
     eval_episodes: int
 
@@ -79,13 +81,12 @@ def start(job: Mapping[str, Any]) -> list[dict[str, Any]]:
     keys = ("settings", "n_envs", "threshold", "eval_every", "eval_episodes")
     shared = {key: job[key] for key in keys} | {"seeds": [job["seed"]], "n_workers": 1, "device": "cpu"}
     budgets = {"scratch": job["exploring_steps"] + job["steps"], "warm": job["steps"]}
-    arms = {"scratch": ["scratch"], "warm": ["explorer", "warm-actor", "warm-logits"]}
+    warm = [{"name": name, "critic_steps": job["critic_steps"]} for name in ("warm-actor", "warm-logits")]
+    arms: dict[str, list[Any]] = {"scratch": ["scratch"], "warm": ["explorer", *warm]}
     scores = []
     for name, steps in budgets.items():
         # From scratch too the explorer is named, whose layers it has.
-        out = finetune(
-            job["env"], out=folder / name, explorer=data, arms=arms[name], steps=steps, overwrite=False, **shared
-        )
+        out = finetune(job["env"], out=folder / name, explorer=data, arms=arms[name], steps=steps, **shared)
         scores += runs.read_jsonl(out / FINETUNED)
     coverage = runs.read_json(data / "explorer" / "coverage.json")
     explored = {key: coverage[key] for key in ("goal_fraction", "states", "observations")}
@@ -144,20 +145,20 @@ def report(recipe: Studies, rows: list[dict[str, Any]]) -> None:
         for arm in ("scratch", "warm-actor", "warm-logits", "explorer"):
             curves = [np.array(row["curve"]) for row in sorted(mine, key=lambda r: r["seed"]) if row["arm"] == arm]
             if arm == "scratch":
-                lines.append(_line(arm, study, 0, study.steps, curves))
-                lines.append(_line(arm, study, 0, total, curves))
+                lines.append(_line(arm, study, 0, study.steps, curves, recipe.eval_every // 2))
+                lines.append(_line(arm, study, 0, total, curves, recipe.eval_every // 2))
             elif curves:
                 steps = 0 if arm == "explorer" else study.steps
-                lines.append(_line(arm, study, study.exploring_steps, steps, curves))
+                lines.append(_line(arm, study, study.exploring_steps, steps, curves, recipe.eval_every // 2))
         picture = f"warm-{study.name}.png"
         _draw(study, mine).savefig(RESULTS / picture, dpi=90)
         lines += ["", f"![{study.name}]({picture})", ""]
     (RESULTS / "warm.md").write_text("\n".join(lines))
 
 
-def _line(arm: str, study: Study, before: int, steps: int, curves: list[np.ndarray]) -> str:
-    # A roll-out is taken to its end, so the last evaluation may be a little past the budget.
-    cut = [curve[curve[:, 0] <= max(steps, curve[0, 0]) + study.steps // 10] for curve in curves]
+def _line(arm: str, study: Study, before: int, steps: int, curves: list[np.ndarray], slack: int) -> str:
+    # A roll-out is taken to its end, so the last evaluation is a little past the budget.
+    cut = [curve[curve[:, 0] < steps + slack] for curve in curves]
     reached = [steps_to_threshold(curve[:, 0], curve[:, 1], study.threshold) for curve in cut]
     finals = [curve[-1, 1] for curve in cut]
     when = ", ".join("never" if np.isinf(n) else f"{n:,.0f}" for n in reached)
