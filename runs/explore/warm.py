@@ -129,9 +129,9 @@ def report(recipe: Studies, rows: list[dict[str, Any]]) -> None:
     lines = [
         "# Warm starts",
         "",
-        "No reward is seen while exploring, but the task is not hidden: where a bonus pays for an episode's first visits "
-        "and returns go on across episodes, ending one and beginning the next pays, and here only the goal ends one "
-        "early. So `explorer`, that policy as it is, stands beside what was trained from it with reward.",
+        "No reward is seen while exploring, but the task is not hidden: where a bonus pays for an episode's first "
+        "visits and returns go on across episodes, ending one and beginning the next pays, and here only the goal ends "
+        "one early. So `explorer`, that policy as it is, stands beside what was trained from it with reward.",
         "",
     ]
     for study in recipe.studies:
