@@ -11,7 +11,7 @@ from rlrep.collect import collect
 from rlrep.dataset import Dataset, DatasetWriter
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.probes import probe
-from rlrep.evaluate.report import report
+from rlrep.evaluate.report import compare, report
 from rlrep.explore import Bonus
 from rlrep.finetune import finetune
 from rlrep.latent import LatentVecEnv
@@ -36,6 +36,7 @@ __all__ = [
     "RlrepError",
     "Transition",
     "collect",
+    "compare",
     "finetune",
     "load_encoder",
     "load_recipe",
