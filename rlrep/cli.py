@@ -75,7 +75,7 @@ class PretrainCommand:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneCommand:
-    """Train policies with reward, with and without the encoder, and compare them."""
+    """Train policies with reward, with and without encoder or explorer, and compare them."""
 
     env: Positional[str]
     """Environment spec, such as MiniGrid-DoorKey-6x6-v0:obs=rgb."""
@@ -84,12 +84,21 @@ class FinetuneCommand:
     """Run folder. The same command runs the jobs that are missing."""
     encoder: str | None = None
     """Folder or URL of a pre-trained encoder, or of the run that trained it."""
+    explorer: Path | None = None
+    """Folder of a dataset that a bonus collected, or the zip of a policy, which is trusted: where warm starts begin."""
     overwrite: bool = False
     """Start again, throwing away what is in the folder."""
 
     def __call__(self) -> None:
         """Fine-tunes and reports."""
-        scores = finetune(self.env, encoder=self.encoder, out=self.out, overwrite=self.overwrite, **vars(self.settings))
+        scores = finetune(
+            self.env,
+            encoder=self.encoder,
+            explorer=self.explorer,
+            out=self.out,
+            overwrite=self.overwrite,
+            **vars(self.settings),
+        )
         report(scores)
 
 

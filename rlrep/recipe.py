@@ -31,6 +31,7 @@ from rlrep.pretrain import pretrain
 from rlrep.registry import split_spec
 from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml, settings_of
 from rlrep.types import RunError
+from rlrep.warm import load_explorer
 
 RECIPE, LOG = "recipe.yaml", "log.txt"
 
@@ -46,7 +47,7 @@ else:
     Pretrain = settings_of(pretrain, omit=("data", "out", "overwrite"), name="Pretrain")
     Probe = settings_of(probe, omit=("encoder", "data"), name="Probe")
     Dream = settings_of(dream, omit=("encoder", "data", "out"), name="Dream")
-    Finetune = settings_of(finetune, omit=("env", "encoder", "out", "overwrite"), name="Finetune")
+    Finetune = settings_of(finetune, omit=("env", "encoder", "explorer", "out", "overwrite"), name="Finetune")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Recipe:
     pretrain: Pretrain = dataclasses.field(default_factory=Pretrain)
     """Learning an encoder from what was collected."""
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
-    """Policies trained with reward, on that encoder and without it."""
+    """Policies trained with reward, on that encoder and without it, or started from what explored."""
     rounds: int = 1
     """How often to collect and pre-train. After the first time, exploration is in the features of the last encoder, and
     the next encoder learns from all data so far."""
@@ -96,6 +97,10 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
 
     Returns:
         The report's summary.
+
+    Raises:
+        SettingsError: Policies are to start from an explorer, and there are several.
+        RunError: They are to, and what explored learnt nothing.
     """
     out = Path(out)
     # A wrong arm would else be found after hours of collecting and pre-training.
@@ -105,6 +110,13 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
             f"arm {BELIEF!r} needs an encoder with a memory, and {recipe.pretrain.objectives} train none: add 'gru' or "
             "'rssm' to the objectives, or leave the arm out"
         )
+    warm = [arm.name for arm in arms if arm.explored]
+    for name, number in {"rounds": recipe.rounds, "collect.n_workers": recipe.collect.n_workers}.items():
+        if warm and number > 1:
+            raise SettingsError(
+                f"arm {warm[0]!r} starts from the explorer of this recipe, and with {name}: {number} there are as "
+                "many; make it 1, or leave the arm out"
+            )
     folders = [] if data is None else [Path(data)]
     encoder: Encoder | None = None
     for i in range(1, recipe.rounds + 1):
@@ -116,12 +128,21 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
             # The same environments again would show the same again.
             options["seed"] += i - 1
             collect(recipe.env, out=folders[-1], overwrite=overwrite, **options)
+        if warm:
+            load_explorer(folders[0])
         trained = out / f"pretrain{suffix}"
         print(f"[2/4] pretrain: {', '.join(map(str, recipe.pretrain.objectives))} -> {trained}")
         encoder = pretrain(folders, out=trained, overwrite=overwrite, **vars(recipe.pretrain))
     n_runs = len(recipe.finetune.arms) * len(recipe.finetune.seeds)
     print(f"[3/4] finetune: {n_runs} runs of {recipe.finetune.steps:,} steps with reward -> {out / 'finetune'}")
-    scores = finetune(recipe.env, encoder=trained, out=out / "finetune", overwrite=overwrite, **vars(recipe.finetune))
+    scores = finetune(
+        recipe.env,
+        encoder=trained,
+        explorer=folders[0] if warm else None,
+        out=out / "finetune",
+        overwrite=overwrite,
+        **vars(recipe.finetune),
+    )
     print(f"[4/4] report -> {out / 'report.html'}")
     return report(scores, out=out, stages=folders)
 

@@ -29,7 +29,7 @@ TIERS = [
     ["explore", "latent", "belief", "imagination"],
     ["evaluate", "intrinsic"],
     ["live"],
-    ["collect", "pretrain", "finetune"],
+    ["collect", "pretrain", "warm", "finetune"],
     ["recipe"],
     ["cli"],
     ["__main__"],
