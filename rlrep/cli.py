@@ -20,14 +20,16 @@ from rlrep.dataset import Dataset, verify
 from rlrep.encoders import encoders
 from rlrep.encoders.base import AUTO
 from rlrep.evaluate import exploration
-from rlrep.evaluate.probes import probe
+from rlrep.evaluate.dreams import dream
+from rlrep.evaluate.memory import MemoryProbe, probe_memory
+from rlrep.evaluate.probes import Probes, probe
 from rlrep.evaluate.report import compare, report
 from rlrep.explore import explorers
 from rlrep.export import export
 from rlrep.finetune import finetune
 from rlrep.objectives import objectives
 from rlrep.pretrain import pretrain
-from rlrep.recipe import Collect, Finetune, Pretrain, Probe, Recipe, load_recipe, on_ray, run, sweep
+from rlrep.recipe import Collect, Dream, Finetune, Pretrain, Probe, Recipe, load_recipe, on_ray, run, sweep
 from rlrep.sb3 import PAPERS, algorithms
 from rlrep.settings import SettingsError, read_value
 from rlrep.storage import check_local
@@ -74,7 +76,7 @@ class PretrainCommand:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneCommand:
-    """Train policies with reward, with and without the encoder, and compare them."""
+    """Train policies with reward, with and without encoder or explorer, and compare them."""
 
     env: Positional[str]
     """Environment spec, such as MiniGrid-DoorKey-6x6-v0:obs=rgb."""
@@ -83,12 +85,21 @@ class FinetuneCommand:
     """Run folder. The same command runs the jobs that are missing."""
     encoder: str | None = None
     """Folder or URL of a pre-trained encoder, or of the run that trained it."""
+    explorer: Path | None = None
+    """Folder of a dataset that a bonus collected, or the zip of a policy, which is trusted: where warm starts begin."""
     overwrite: bool = False
     """Start again, throwing away what is in the folder."""
 
     def __call__(self) -> None:
         """Fine-tunes and reports."""
-        scores = finetune(self.env, encoder=self.encoder, out=self.out, overwrite=self.overwrite, **vars(self.settings))
+        scores = finetune(
+            self.env,
+            encoder=self.encoder,
+            explorer=self.explorer,
+            out=self.out,
+            overwrite=self.overwrite,
+            **vars(self.settings),
+        )
         report(scores)
 
 
@@ -97,7 +108,8 @@ class ProbeCommand:
     """Say what can be read off an encoder's features: ground-truth factors, the next action, and how many directions.
 
     Linear probes and nearest neighbours, fitted on some episodes and scored on others, beside raw observations and an
-    untrained encoder. With --require it is a gate: the exit status is 1 unless every requirement is met.
+    untrained encoder. With --require it is a gate: the exit status is 1 unless every requirement is met. With --memory
+    it says instead what features hold of something that is out of sight, by how long it has been.
     """
 
     encoder: Positional[str]
@@ -106,13 +118,27 @@ class ProbeCommand:
     """Dataset folders with factors, or their URLs; several are read as one."""
     settings: Annotated[Probe, Flat]
     require: tuple[str, ...] = ()
-    """Such as 'agent_x>0.8' (the linear probe), 'agent_x.knn>random', 'effective_rank>20'."""
+    """Such as 'agent_x>0.8' (the linear probe), 'agent_x.knn>random', 'effective_rank>20'; of memory, 'all>0.9', or at
+    an age, '17-32>0.9'."""
+    memory: str | None = None
+    """A factor to be remembered, such as cue; the data need cue_seen too, which says where it is in sight."""
+    where: str = ""
+    """Of memory, which observations count, such as 'agent_x>6'."""
+    cap: int = 128
+    """Of memory, how many steps of an episode are looked at."""
     out: Path | None = None
     """A .json file for the numbers."""
 
     def __call__(self) -> int:
         """Probes, and prints what is wanting."""
-        found = probe(self.encoder, self.data, **vars(self.settings))
+        found: Probes | MemoryProbe
+        if self.memory is None:
+            if self.where:
+                raise SettingsError("--where says which observations count for --memory, which is missing")
+            found = probe(self.encoder, self.data, **vars(self.settings))
+        else:
+            settings = {key: value for key, value in vars(self.settings).items() if key != "k"}
+            found = probe_memory(self.encoder, self.data, self.memory, where=self.where, cap=self.cap, **settings)
         for table in found.tables():
             _console().print(table)
         if self.out is not None:
@@ -121,6 +147,24 @@ class ProbeCommand:
         for line in wanting:
             print(line, file=sys.stderr)
         return 1 if wanting else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DreamCommand:
+    """Let a world model dream on from recorded data, and compare that with what happened: pictures and errors."""
+
+    encoder: Positional[str]
+    """Folder or URL of a world model, or of the run that trained it."""
+    data: Positional[tuple[str, ...]]
+    """Dataset folders or URLs, best those that it has not learnt from; several are read as one."""
+    settings: Annotated[Dream, Flat]
+    out: Path
+    """Folder for the animation, the film strips `strips.png`, `errors.png` and `dreams.json`."""
+
+    def __call__(self) -> None:
+        """Dreams, and prints the errors."""
+        _console().print(dream(self.encoder, self.data, out=self.out, **vars(self.settings)).table())
+        print(self.out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,6 +441,7 @@ def _commands(args: Sequence[str]) -> Any:
         Annotated[PretrainCommand, subcommand("pretrain")],
         Annotated[FinetuneCommand, subcommand("finetune")],
         Annotated[ProbeCommand, subcommand("probe")],
+        Annotated[DreamCommand, subcommand("dream")],
         Annotated[ReportCommand, subcommand("report")],
         Annotated[CompareCommand, subcommand("compare")],
         Annotated[ExportCommand, subcommand("export")],

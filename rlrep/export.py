@@ -100,6 +100,11 @@ def _with_encoder(model: BaseAlgorithm, encoder: str | Path | Encoder | None) ->
     if "features_extractor_class" in model.policy_kwargs:
         raise RlrepError("this agent has a features extractor of its own over the encoder's features: save it as it is")
     encoder = load_encoder(encoder)
+    if encoder.recurrent:
+        raise RlrepError(
+            f"encoder {encoder.name!r} has a memory, which SB3's policies cannot carry: rlrep.BeliefPolicy saves and "
+            "loads such an agent with it"
+        )
     features = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
     spaces.check_same(model.observation_space, features, "the encoder gives features")
     known = getattr(model.observation_space, "encoder_digest", encoder.digest())

@@ -156,3 +156,33 @@ def action_correct(space: Space, output: Tensor, action: Tensor) -> Tensor | Non
     if not isinstance(space, spaces.Discrete):
         return None
     return output.argmax(dim=-1) + int(space.start) == action.reshape(output.shape[:-1])
+
+
+def unimix(logits: Tensor, share: float) -> Tensor:
+    """(..., C) logits -> logarithms of their probabilities mixed with `share` of the uniform one (arXiv:2301.04104)."""
+    uniform = share / logits.shape[-1]
+    return torch.log((1 - share) * logits.float().softmax(dim=-1) + uniform)
+
+
+def categorical_kl(one: Tensor, other: Tensor) -> Tensor:
+    """(..., G, C) log-probabilities of G categoricals, twice -> (...) nats from one to the other, summed over G."""
+    if one.shape != other.shape:
+        raise ValueError(f"the distributions have shapes {tuple(one.shape)} and {tuple(other.shape)}; they must agree")
+    return (one.exp() * (one - other)).sum(dim=(-2, -1))
+
+
+def balanced_kl(posterior: Tensor, prior: Tensor, mask: Tensor, free_nats: float) -> tuple[Tensor, Tensor]:
+    """The two halves of a world model's divergence (DreamerV3, arXiv:2301.04104), each without what is free.
+
+    Args:
+        posterior: (..., G, C) log-probabilities, having seen the observation.
+        prior: (..., G, C) log-probabilities, before it.
+        mask: (...) bool; where false nothing counts.
+        free_nats: Below this a divergence costs this much, and has no gradient.
+
+    Returns:
+        What moves the prior to the posterior, and what moves the posterior to the prior, 0-d each.
+    """
+    dynamics = categorical_kl(posterior.detach(), prior).clamp(min=free_nats)
+    representation = categorical_kl(posterior, prior.detach()).clamp(min=free_nats)
+    return masked_mean(dynamics, mask), masked_mean(representation, mask)

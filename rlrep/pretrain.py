@@ -24,6 +24,7 @@ from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.collapse import collapse, has_collapsed
 from rlrep.evaluate.probes import Prober
 from rlrep.objectives import Objective, make_objective
+from rlrep.registry import SpecError
 from rlrep.types import Batch, CollapseWarning, RunError, to_tensor
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -66,7 +67,8 @@ def pretrain(
 
     Args:
         data: A dataset, its folder or URL, or several.
-        out: Run folder: the encoder in `encoder/`, `metrics.jsonl`, TensorBoard logs, a checkpoint while it runs.
+        out: Run folder: the encoder in `encoder/`, a recurrent one in `belief/` where an objective trains one,
+            `metrics.jsonl`, TensorBoard logs, a checkpoint while it runs.
         objectives: Objective specs, summed: `["ae", "inverse:weight=0.01"]`. Their losses differ in size: that of
             `ae` on pictures is some hundred times smaller than the others.
         encoder: Encoder spec; `auto` picks by the kind of observation.
@@ -145,7 +147,12 @@ def pretrain(
         }
         torch.manual_seed(seed)
         # Built before the folder is touched: a wrong spec costs nothing.
-        built = make_encoder(encoder, dataset.observation_space)
+        built = make_encoder(encoder, dataset.observation_space, dataset.action_space)
+        if built.recurrent:
+            raise SpecError(
+                f"encoder {built.name!r} has a memory, and pretrain shapes the encoder of one observation: name that "
+                "one, and an objective such as 'gru', which trains a recurrent encoder on it and saves it as belief/"
+            )
         objective = make_objective(objectives, built, dataset.action_space).to(torch_device)
         train, held = (dataset, dataset) if held_out == 0 else dataset.split(held_out, np.random.default_rng([seed, 0]))
         prober = Prober(dataset, seed=seed) if probe_every and distributed.rank() == 0 else None
@@ -174,10 +181,12 @@ def pretrain(
                     **chosen,
                 }
             seconds, last = loop.run()
-            built.to("cpu")
+            objective.to("cpu")
             if run:
                 built.provenance["pretrain_seconds"] = seconds
-                runs.write_atomically(run.path / "encoder", lambda path: built.save_pretrained(path))
+                for name, made in {**objective.exports(), "encoder": built}.items():
+                    made.provenance = built.provenance
+                    runs.write_atomically(run.path / name, made.save_pretrained)
                 run.finish(**last, **chosen, seconds=seconds, encoder_digest=built.digest())
                 (run.path / CHECKPOINT).unlink(missing_ok=True)
             # Nobody returns before the encoder is on disk.

@@ -220,8 +220,8 @@ def policy_kwargs(
     Raises:
         SpecError: There is no such algorithm.
         RunError: There is no encoder there.
-        ValueError: An unknown mode, a number out of range, a setting that the mode has no use for, or an extra setting
-            that would undo the pre-training.
+        ValueError: An unknown mode, a number out of range, a setting that the mode has no use for, an extra setting
+            that would undo the pre-training, or a recurrent encoder.
     """
     cls = get_algorithm(algorithm)
     if freeze and _is_trpo(cls):
@@ -250,6 +250,11 @@ def policy_kwargs(
     if mode == "finetune" and (lr_scale != 1 or anchor or weight_decay is not None):
         extra = {**extra, **_own_optimizer(cls, extra)}
     encoder = load_encoder(encoder)
+    if encoder.recurrent:
+        raise ValueError(
+            f"encoder {encoder.name!r} has a memory, and inside a policy SB3 shows it single observations in random "
+            "order: have its features around the environments, PPO('MlpPolicy', rlrep.LatentVecEnv(env, encoder))"
+        )
     n_groups = len(encoder.layer_groups())
     n_frozen = n_groups if freeze == "all" else freeze
     if isinstance(n_frozen, bool) or not isinstance(n_frozen, int) or not 0 <= n_frozen <= n_groups:

@@ -133,6 +133,25 @@ class Flatten(nn.Module):
             return 2 * (x - self.low) / (self.high - self.low).clamp(min=1e-8) - 1
         return torch.sign(x) * torch.log1p(x.abs())
 
+    def inverse(self, flat: Tensor) -> Tensor:
+        """(N, flat_dim) -> the nearest raw observations (N, *shape), in the dtype of the space."""
+        space, n = self.space, len(flat)
+        if isinstance(space, spaces.Discrete):
+            raw = flat.argmax(dim=1) + int(space.start)
+        elif isinstance(space, spaces.MultiDiscrete):
+            parts = flat.split(space.nvec.reshape(-1).tolist(), dim=1)
+            start = torch.as_tensor(space.start, device=flat.device).reshape(-1)
+            raw = torch.stack([part.argmax(dim=1) for part in parts], dim=1) + start
+        elif isinstance(space, spaces.MultiBinary):
+            raw = flat > 0.5
+        elif self._bounded:
+            raw = self.low + (flat.clamp(-1, 1) + 1) / 2 * (self.high - self.low)
+        else:
+            raw = torch.sign(flat) * torch.expm1(flat.abs())
+        dtype = torch.from_numpy(np.zeros((), space.dtype)).dtype
+        raw = raw.round() if raw.is_floating_point() and not dtype.is_floating_point else raw
+        return raw.to(dtype).reshape(n, *cast(tuple[int, ...], space.shape))
+
 
 def zeros(space: Space, leading: tuple[int, ...]) -> Tree:
     """Returns an array (a dict of arrays for a Dict) of zeros with the space's dtype and `leading` axes in front."""

@@ -229,3 +229,38 @@ def test_shapes_that_do_not_fit_are_errors() -> None:
         losses.barlow(torch.zeros(3, 2), torch.zeros(3, 4), torch.ones(3, dtype=torch.bool), 1.0)
     with pytest.raises(SpaceError, match="use Discrete"):
         losses.action_loss(spaces.Text(3), torch.zeros(1, 3), torch.zeros(1))
+
+
+def test_unimix_mixes_probabilities_with_the_uniform_ones() -> None:
+    logits = 5 * torch.randn(3, 2, 4)
+    mixed = losses.unimix(logits, 0.01).exp()
+    for index in np.ndindex(3, 2):
+        row = [math.exp(x) for x in log_softmax(logits[index].tolist())]
+        assert mixed[index].tolist() == pytest.approx([0.99 * p + 0.01 / 4 for p in row], abs=1e-6)
+
+
+def test_categorical_kl_is_that_of_torch() -> None:
+    one, other = (losses.unimix(3 * torch.randn(5, 3, 4), 0.01) for _ in range(2))
+    pair = [torch.distributions.Categorical(logits=x) for x in (one, other)]
+    expected = torch.distributions.kl_divergence(*pair).sum(dim=-1)
+    torch.testing.assert_close(losses.categorical_kl(one, other), expected)
+    with pytest.raises(ValueError, match="must agree"):
+        losses.categorical_kl(one, other[:1])
+
+
+@pytest.mark.parametrize("free", [0.0, 1.5])
+def test_balanced_kl_moves_each_side_by_its_own_half(free: float) -> None:
+    logits = [torch.randn(6, 2, 3, requires_grad=True) for _ in range(2)]
+    mask = torch.tensor([True, True, False, True, True, True])
+    posterior, prior = (losses.unimix(x, 0.01) for x in logits)
+    divergence = [float(x) for x in losses.categorical_kl(posterior, prior)]
+    assert free == 0 or min(divergence) < free < max(divergence)
+    expected = sum(max(x, free) for x, kept in zip(divergence, mask, strict=True) if kept) / 5
+    dynamics, representation = losses.balanced_kl(posterior, prior, mask, free)
+    assert float(dynamics.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(representation.detach()) == pytest.approx(expected, rel=1e-5)
+    for half, moved, still in ((dynamics, 1, 0), (representation, 0, 1)):
+        gradients = torch.autograd.grad(half, logits, retain_graph=True, allow_unused=True)
+        assert gradients[still] is None
+        for row, kept, nats in zip(gradients[moved], mask, divergence, strict=True):
+            assert bool(row.abs().sum() > 0) == (bool(kept) and nats > free)

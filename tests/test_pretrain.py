@@ -65,6 +65,26 @@ def test_writes_an_encoder_with_where_it_came_from(data: Path, tmp_path: Path) -
     assert not (tmp_path / "run" / CHECKPOINT).exists()
 
 
+def test_a_world_model_is_saved_beside_the_encoder_it_shapes(data: Path, tmp_path: Path) -> None:
+    """Together with an objective of single observations, which does not hinder it."""
+    specs = ["ae", "gru:steps=3,width=8,decoder_width=4"]
+    encoder = pretrain(data, out=tmp_path / "run", objectives=specs, **SMALL)
+    belief = load_encoder(tmp_path / "run" / "belief")
+    assert belief.recurrent
+    assert not belief.training
+    assert belief.encoder.digest() == encoder.digest()
+    assert belief.provenance == encoder.provenance
+    assert belief.provenance["objectives"] == specs
+    found, _ = belief.step(torch.zeros(2, 5, 5, 3), torch.zeros(2), torch.ones(2, dtype=torch.bool), belief.initial(2))
+    torch.testing.assert_close(found[:, :16], encoder(torch.zeros(2, 5, 5, 3)))
+
+
+def test_an_encoder_with_a_memory_is_no_encoder_of_single_observations(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"'recurrent' has a memory.*'gru'.*belief/"):
+        pretrain(data, out=tmp_path / "run", **{**SMALL, "encoder": "recurrent:encoder=grid"})
+    assert not (tmp_path / "run").exists()
+
+
 def test_learns(data: Path, tmp_path: Path) -> None:
     pretrain(data, out=tmp_path / "run", objectives="inverse", **{**SMALL, "updates": 200, "log_every": 50})
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
@@ -146,10 +166,10 @@ def test_other_data_is_refused(data: Path, tmp_path: Path) -> None:
 
 
 def test_reward_changes_nothing(tmp_path: Path) -> None:
+    # World models are slow at their usual length.
+    specs = [f"{name}:steps=3" if "recall" in objectives.options(name) else name for name in objectives.names()]
     encoders = [
-        pretrain(
-            write(tmp_path / f"data{r}", reward=r), out=tmp_path / f"run{r}", objectives=objectives.names(), **SMALL
-        )
+        pretrain(write(tmp_path / f"data{r}", reward=r), out=tmp_path / f"run{r}", objectives=specs, **SMALL)
         for r in (0.0, 100.0)
     ]
     assert encoders[0].digest() == encoders[1].digest()

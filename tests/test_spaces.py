@@ -205,6 +205,30 @@ def test_flatten_takes_what_the_space_samples(space: Space[Any]) -> None:
     assert flat.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "space",
+    [
+        Discrete(5, start=-2),
+        MultiDiscrete([3, 2], start=[1, -1]),
+        MultiDiscrete([[3, 2], [4, 5]]),
+        MultiBinary((2, 3)),
+        Box(-2, 3, (2, 2), np.float32),
+        Box(0, 255, (16,), np.uint8),
+        Box(-np.inf, np.inf, (3,), np.float64),
+    ],
+    ids=str,
+)
+def test_flatten_has_an_inverse(space: Space[Any]) -> None:
+    space.seed(0)
+    raw = torch.from_numpy(np.stack([np.asarray(space.sample()) for _ in range(20)]))
+    flatten = spaces.Flatten(space)
+    # Not quite what it was: what a network gives never is.
+    back = flatten.inverse(flatten(raw) + 1e-4 * torch.randn(20, spaces.flat_dim(space)))
+    assert back.dtype == raw.dtype
+    torch.testing.assert_close(back, raw, atol=2e-3, rtol=2e-3)
+    assert (isinstance(space, Box) and not np.isfinite(space.high).all()) or all(map(space.contains, back.numpy()))
+
+
 def test_zeros_have_the_shape_and_dtype_of_batched_samples() -> None:
     space = SPACES[-1]
     made = spaces.zeros(space, (4, 5))

@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 from rlrep_envs import missions
 from rlrep_envs.envpool import EnvPoolVecEnv, registry
 from rlrep_envs.make import make_env
-from rlrep_envs.minigrid import ROW, TILE, number_rooms, render_symbols, world_object
+from rlrep_envs.minigrid import ROW, TILE, cue_cell, number_rooms, render_symbols, sees, world_object
 from rlrep_envs.spec import THREADS, EnvSpec, nearest
 
 _KEYWORDS = {
@@ -94,7 +94,8 @@ class MiniGridPool(EnvPoolVecEnv):
 
     def __init__(self, spec: EnvSpec, n_envs: int = 1, factors: bool = True) -> None:
         super().__init__(spec, n_envs)
-        self._boards = Boards(n_envs) if factors or spec.obs == "rgb_full" else None
+        memory = registry().make_spec(spec.id).config.env_name == "memory"
+        self._boards = Boards(n_envs, memory) if factors or spec.obs == "rgb_full" else None
         self._tokens = np.zeros((n_envs, missions.LENGTH), np.uint8)
         if self._boards is not None and factors:
             self.factors = self._boards.factors
@@ -179,17 +180,21 @@ class Boards:
 
     Args:
         n: How many boards.
+        cue: Whether they are boards of Memory tasks.
     """
 
     _NONE, _TAKEN = -2, -1
     """Instead of the key's place: there is none, and the agent has it, or the box that it is in."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, cue: bool = False) -> None:
         names = ("agent_x", "agent_y", "agent_dir", "carrying", "carrying_color", "doors_open", "doors_locked")
         self._found = np.zeros((len(names) + 3, n), np.int64)
         self.factors = dict(zip((*names, "key_x", "key_y", "room"), self._found, strict=True))
         self._key, self._hidden = [self._NONE] * n, [False] * n
         """The cell of each board's key, or of the box that it is hidden in."""
+        self._cue = 0, 0
+        if cue:
+            self.factors |= {name: np.zeros(n, np.int64) for name in ("cue", "cue_seen")}
         self._cells, self._rooms = np.zeros(0, np.uint8), np.zeros(0, np.int16)
 
     def _lay_out(self, width: int, height: int) -> None:
@@ -218,6 +223,9 @@ class Boards:
         found["room"][ids] = 0
         found["doors_open"][ids] = _IS_OPEN[symbols].sum(axis=(1, 2))
         found["doors_locked"][ids] = _IS_LOCKED[symbols].sum(axis=(1, 2))
+        if "cue" in found:
+            x, y = self._cue = cue_cell(height)
+            found["cue"][ids] = _OBJECT[symbols[:, x, y]]
         keys = self._first(ids, _IS_KEY[symbols])
         for j, i in enumerate(ids.tolist()):
             self._key[i], self._hidden[i] = int(keys[j]), False
@@ -260,6 +268,8 @@ class Boards:
         self._found[:2, ids], self._found[2, ids] = position.T, direction
         self._found[3:5, ids] = _HELD.take(held, axis=1)
         self._found[-1, ids] = np.where(room >= 0, room, self._found[-1, ids])
+        if "cue" in self.factors:
+            self.factors["cue_seen"][ids] = sees(self._cue, image, position, direction)
         return cell + self._forward.take(direction), front
 
     def _change(self, ids: np.ndarray, ahead: np.ndarray, front: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from gymnasium import spaces
 from minigrid.core.constants import COLOR_TO_IDX, DIR_TO_VEC, IDX_TO_COLOR, OBJECT_TO_IDX, STATE_TO_IDX
 from minigrid.core.grid import Grid
 from minigrid.core.world_object import Ball, Box, Door, Floor, Goal, Key, Lava, Wall, WorldObj
+from minigrid.envs import MemoryEnv
 from minigrid.envs.babyai.core.roomgrid_level import BabyAIMissionSpace
 from minigrid.minigrid_env import MiniGridEnv
 from minigrid.wrappers import RGBImgObsWrapper
@@ -143,6 +144,30 @@ def _spread(shown: int, clear: int, step: int) -> int:
         shown = further
 
 
+def sees(cell: tuple[int, int], image: np.ndarray, position: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """Tells which agents see a cell of their boards, (N,) bool.
+
+    Args:
+        cell: (x, y).
+        image: (N, v, v, 3) what they see.
+        position: (N, 2) where they are.
+        direction: (N,) where they look.
+    """
+    v = image.shape[1]
+    forward = np.array(DIR_TO_VEC)[direction]
+    away = np.array(cell) - position
+    ahead = (away * forward).sum(axis=1)
+    side = away[:, 1] * forward[:, 0] - away[:, 0] * forward[:, 1] + v // 2
+    inside = (ahead >= 0) & (ahead < v) & (side >= 0) & (side < v)
+    shown = image[np.arange(len(image)), side.clip(0, v - 1), (v - 1 - ahead).clip(0, v - 1), 0]
+    return inside & (shown != OBJECT_TO_IDX["unseen"])
+
+
+def cue_cell(height: int) -> tuple[int, int]:
+    """Returns where MiniGrid's Memory tasks show the object to remember."""
+    return 1, height // 2 - 1
+
+
 class MiniGridObservation(gym.ObservationWrapper[Any, Any, Any]):
     """Turns MiniGrid's observation into one of the modes of `EnvSpec.obs`.
 
@@ -216,6 +241,7 @@ class Factors(gym.Wrapper[Any, Any, Any, Any]):
     key_x, key_y: one key, followed through the episode: the first in reading order, or where all are hidden in boxes,
         the first of those; -1 while it is carried or hidden, and where there is none.
     room: the parts that walls and doors separate, numbered in reading order; in a doorway, the room last visited.
+    cue, cue_seen: in Memory tasks only, the object to be matched at the end, and whether it is in sight.
     """
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -236,6 +262,7 @@ class Factors(gym.Wrapper[Any, Any, Any, Any]):
             solid[cell] = thing.type in ("wall", "door")
         self._rooms = number_rooms(solid).tolist()
         self._room = 0
+        self._cue = cue_cell(board.grid.height) if isinstance(board, MemoryEnv) else None
         info["factors"] = self._read()
         return obs, info
 
@@ -252,7 +279,7 @@ class Factors(gym.Wrapper[Any, Any, Any, Any]):
         if self._key is not None:
             self._key_cell = self._find_key(board)
         held = board.carrying
-        return {
+        found = {
             "agent_x": x,
             "agent_y": y,
             "agent_dir": int(board.agent_dir),
@@ -264,6 +291,11 @@ class Factors(gym.Wrapper[Any, Any, Any, Any]):
             "key_y": self._key_cell[1],
             "room": self._room,
         }
+        if self._cue is not None:
+            image = board.gen_obs()["image"]
+            seen = sees(self._cue, image[None], np.array([[x, y]]), np.array([board.agent_dir]))
+            found |= {"cue": OBJECT_TO_IDX[board.grid.get(*self._cue).type], "cue_seen": int(seen[0])}
+        return found
 
     def _find_key(self, board: Any) -> tuple[int, int]:
         """Returns where the key is. It can only have stayed, or appeared in front of the agent, dropped or unpacked."""

@@ -39,11 +39,16 @@ SMALLEST_PICTURE = 36
 """Pixels; below this the last convolution of `nature` has nothing left to look at."""
 
 
+State = Tree
+"""What a recurrent encoder carries from one observation of an episode to the next: tensors (N, ...)."""
+
+
 class Encoder(nn.Module, PyTorchModelHubMixin):
     """Raw observations in, features out: scaling and embedding happen inside, so that nobody can mismatch them.
 
     A subclass sets `kinds`, takes `observation_space` and keyword options with plain values (they are its
-    configuration), and implements `forward`.
+    configuration), and implements `forward`. One whose features depend on what came before is a
+    `rlrep.encoders.RecurrentEncoder`.
 
     Args:
         observation_space: What the observations look like.
@@ -56,6 +61,8 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     kinds: ClassVar[tuple[spaces.Kind, ...]]
+    recurrent: ClassVar[bool] = False
+    """Whether features depend on what came before in the episode: then `step` and `scan` make them, not `forward`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Names the class by its import path, until it is registered: a child must not be saved as its parent."""
@@ -137,6 +144,39 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
         own = list(self.parameters(recurse=False))
         return [nn.ModuleList([nn.ParameterList(own), *groups[:1]]), *groups[1:]] if own else groups
 
+    def initial(self, n: int) -> State:
+        """Returns the state of `n` environments before the first observation of an episode, on `self.device`."""
+        return {}
+
+    def step(self, obs: Tree, action: Tensor, first: Tensor, state: State) -> tuple[Tensor, State]:
+        """Encodes one observation of N environments.
+
+        Args:
+            obs: (N, *obs_shape) raw.
+            action: (N, *action_shape), the previous action, which led to `obs`; anything where `first`.
+            first: (N,) bool: `obs` is the first of an episode, and what was before is forgotten.
+            state: What the last step returned, or `initial`.
+
+        Returns:
+            (N, D) features, and the state to go on with.
+        """
+        return self(obs), state
+
+    def scan(self, obs: Tree, action: Tensor, first: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Encodes segments, as stepping through them would.
+
+        Args:
+            obs: (B, T+1, *obs_shape) raw.
+            action: (B, T, *action_shape) valid actions; `action[:, t]` led to `obs[:, t + 1]`.
+            first: (B, T) bool: `obs[:, t]` is the first of an episode.
+            state: What a scan returned that ended on `obs[:, 0]`, to go on from there; by default segments begin with
+                nothing remembered. Without effect where `first[:, 0]`.
+
+        Returns:
+            (B, T+1, D) features, and the state after the last observation.
+        """
+        return self.encode(obs), {} if state is None else state
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -186,20 +226,23 @@ class Encoder(nn.Module, PyTorchModelHubMixin):
 
 
 encoders: Registry[type[Encoder]] = Registry(
-    "encoder", "rlrep.encoders", given=("observation_space",), bases=(Encoder,)
+    "encoder", "rlrep.encoders", given=("observation_space", "action_space"), bases=(Encoder,)
 )
 
 
-def make_encoder(spec: str | Mapping[str, Any] | Encoder, observation_space: Space) -> Encoder:
+def make_encoder(
+    spec: str | Mapping[str, Any] | Encoder, observation_space: Space, action_space: Space | None = None
+) -> Encoder:
     """Builds an untrained encoder for `observation_space`.
 
     Args:
         spec: `"nature:features_dim=128"`; `"auto"`, with options if any, picks by the kind of observation. An
             encoder is returned as it is, once its space is checked.
         observation_space: What it will encode.
+        action_space: What the actions between are; only a recurrent encoder needs it.
 
     Raises:
-        SpecError: No such encoder or option.
+        SpecError: No such encoder or option, or a recurrent one without an action space.
         SpaceError: The encoder is for other observations.
     """
     if isinstance(spec, Encoder):
@@ -209,7 +252,12 @@ def make_encoder(spec: str | Mapping[str, Any] | Encoder, observation_space: Spa
         spec = _auto(observation_space) + spec.removeprefix("auto")
     elif isinstance(spec, Mapping) and spec.get("name") == "auto":
         spec = {**spec, "name": _auto(observation_space)}
-    return encoders.build(spec, observation_space)
+    name, _ = encoders.parse(spec)
+    if not encoders.get(name).recurrent:
+        return encoders.build(spec, observation_space)
+    if action_space is None:
+        raise SpecError(f"encoder {name!r} is recurrent and takes actions too: it needs an action_space")
+    return encoders.build(spec, observation_space, action_space)
 
 
 def _auto(space: Space) -> str:
@@ -229,7 +277,8 @@ def from_config(config: Mapping[str, Any], weights: bytes | None = None) -> Enco
     if not complete or config.get("format_version", runs.FORMAT_VERSION + 1) > runs.FORMAT_VERSION:
         raise RunError(f"this is no encoder configuration that this version of rlrep reads: {json.dumps(config)[:200]}")
     space = spaces.from_json(config["observation_space"])
-    encoder: Encoder = encoders.build({"name": config["encoder"], **config["options"]}, space)
+    actions = spaces.from_json(config["action_space"]) if "action_space" in config else None
+    encoder = make_encoder({"name": config["encoder"], **config["options"]}, space, actions)
     encoder.provenance = dict(config["provenance"])
     if weights is not None:
         encoder.load_state_dict(load_safetensors(weights))

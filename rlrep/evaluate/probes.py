@@ -25,7 +25,7 @@ from rlrep import spaces
 from rlrep.dataset import Dataset, open_dataset
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.collapse import collapse, participation_ratio
-from rlrep.registry import nearest
+from rlrep.registry import SpecError, nearest
 from rlrep.types import DatasetError, RlrepError, Tree, to_tensor, tree_map
 
 ACTION = "next_action"
@@ -187,6 +187,11 @@ class Prober:
     def probe(self, encoder: Encoder, k: int = 10) -> Probes:
         """Probes an encoder, raw observations and an untrained encoder of the same make; see `probe`."""
         spaces.check_same(self.space, encoder.observation_space, "this encoder was made for observations")
+        if encoder.recurrent:
+            raise SpecError(
+                f"encoder {encoder.name!r} has a memory, and these probes show it single observations: probe its "
+                "memory, by probe_memory or --memory FACTOR, or the encoder of one observation that lies beside it"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             untrained = make_encoder({"name": encoder.name, **encoder.config["options"]}, self.space)
@@ -260,6 +265,16 @@ def probe(
     if not isinstance(data, Dataset):
         data = open_dataset(data)
     return Prober(data, n, held_out, seed).probe(encoder, k)
+
+
+def classify(train: Tensor, test: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Fits a linear probe on (n, D) features with (n,) class numbers; returns the classes it gives the test rows."""
+    train, test = _standardised(train, test)
+    label, fit = Label(labels, labels, classes), round(0.75 * len(train))
+    trials = _ridge(train[:fit], [label.targets(slice(0, fit))], train[fit:], STRENGTHS)
+    scores = [label.score(trial[0], labels[fit:]) for trial in trials]
+    best = STRENGTHS[int(np.argmax(scores))]
+    return _ridge(train, [label.targets(slice(None))], test, [best])[0][0].argmax(dim=1)
 
 
 def describe(features: Tensor, following: Tensor) -> dict[str, float]:

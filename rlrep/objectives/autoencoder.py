@@ -126,6 +126,26 @@ class Reconstruction(nn.Module):
             return error.flatten(1).mean(dim=1)
         return (error * where).flatten(1).sum(dim=1) / where.flatten(1).sum(dim=1).clamp(min=1)
 
+    @torch.no_grad()
+    def draw(self, features: Tensor) -> Tree:
+        """Returns the likeliest raw observations (N, *obs_shape) for features (N, D), in the dtype of the space."""
+        match self.kind:
+            case "dict":
+                parts = cast(list[Reconstruction], list(self.parts))
+                return {key: part.draw(features) for key, part in zip(self.keys, parts, strict=True)}
+            case "picture":
+                x = (255 * self.decode(features)).round().clamp(0, 255).to(torch.uint8)
+                return x.permute(0, 2, 3, 1) if spaces.channels_last(cast(gym_spaces.Box, self.space)) else x
+            case "grid":
+                channels, height, width = self.shape
+                symbols = self.decode(features).unflatten(2, (channels, SYMBOLS)).argmax(dim=-1)
+                return symbols.to(torch.uint8).unflatten(1, (height, width))
+            case "tokens":
+                words = self.decode(features).unflatten(1, (-1, self.n_words)).argmax(dim=-1)
+                return words.to(torch.from_numpy(spaces.zeros(self.space, ())).dtype)
+            case _:
+                return self.flatten.inverse(self.decode(features))
+
     def _picture(self, features: Tensor, obs: Tensor) -> Tensor:
         """(N, H, W) error of each pixel."""
         x = obs.permute(0, 3, 1, 2) if spaces.channels_last(cast(gym_spaces.Box, self.space)) else obs

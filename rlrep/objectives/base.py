@@ -50,6 +50,13 @@ class Objective(nn.Module):
     def after_step(self) -> None:
         """Called after every optimiser step: moves target networks."""
 
+    def exports(self) -> dict[str, Encoder]:
+        """Returns encoders that were trained beside `self.encoder` and are worth saving, by folder name.
+
+        A world model has a recurrent one, `belief`.
+        """
+        return {}
+
     def features(self, batch: Batch, n: int) -> Tensor:
         """Returns the encoder's features of the first `n` observations of each segment, (B, n, D).
 
@@ -109,6 +116,14 @@ class Sum(Objective):
         """Moves the target networks of every term."""
         for term in self.terms:
             term.after_step()  # type: ignore[operator]
+
+    def exports(self) -> dict[str, Encoder]:
+        """Returns those of every term; of two with one name, the first has it and the second adds its own name."""
+        found: dict[str, Encoder] = {}
+        for term in self.terms:
+            for name, encoder in term.exports().items():  # type: ignore[operator]
+                found[f"{name}-{term.name}" if name in found else name] = encoder
+        return found
 
 
 def make_objective(specs: Spec | Sequence[Spec], encoder: Encoder, action_space: Space) -> Objective:

@@ -277,6 +277,28 @@ def test_factors_equal_a_scan_of_the_whole_grid(id: str, met: set[str]) -> None:
     assert seen >= met
 
 
+@pytest.mark.parametrize("id", ["MiniGrid-MemoryS11-v0:", "MiniGrid-MemoryS13Random-v0:agent_view_size=3,"])
+def test_the_cue_of_memory_is_seen_where_minigrid_says_so(id: str) -> None:
+    env = make_env(f"{id}obs=grid,max_steps=100")
+    board: Any = env.unwrapped
+    rng, seen = np.random.default_rng(0), set()
+    for seed in range(4):
+        _, info = env.reset(seed=seed)
+        done = False
+        while True:
+            cell = 1, board.height // 2 - 1
+            assert info["factors"]["cue"] == OBJECT_TO_IDX[board.grid.get(*cell).type]
+            assert info["factors"]["cue_seen"] == board.agent_sees(*cell)
+            assert {type(value) for value in info["factors"].values()} == {int}
+            seen.add((info["factors"]["cue"], info["factors"]["cue_seen"]))
+            if done:
+                break
+            _, _, terminated, truncated, info = env.step(int(rng.choice([0, 1, 2, 2, 2])))
+            done = terminated or truncated
+    assert len(seen) == 4
+    assert "cue" not in make_env("MiniGrid-Empty-5x5-v0:obs=grid").reset()[1]["factors"]
+
+
 def test_factors_can_be_left_out() -> None:
     env = make_env("MiniGrid-Empty-5x5-v0:obs=grid", factors=False)
     assert "factors" not in env.reset(seed=0)[1]

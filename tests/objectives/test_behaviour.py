@@ -36,7 +36,11 @@ def fit(objective: Objective, batches: list[Batch], learning_rate: float) -> Non
 def explained(encoder: Encoder, obs: Tensor, factor: Tensor) -> float:
     """R2, on the second half, of a linear probe fitted on the first half."""
     with torch.no_grad():
-        features = encoder.encode(obs)
+        return explained_by(encoder.encode(obs), factor)
+
+
+def explained_by(features: Tensor, factor: Tensor) -> float:
+    """The same of features that are there."""
     x = torch.cat([features, torch.ones(len(features), 1)], dim=1).double()
     y = factor.double()
     half = len(x) // 2
@@ -137,7 +141,8 @@ def test_targets_never_take_a_gradient_and_follow_slowly(name: str) -> None:
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     encoder = make_encoder({"name": "mlp", "features_dim": 8, "hidden": [16]}, VECTOR)
-    objective = make_objective(name, encoder, MOVES)
+    short = {"steps": 4} if "recall" in objectives.options(name) else {}
+    objective = make_objective({"name": name, **short}, encoder, MOVES)
     start = {key: value.clone() for key, value in objective.state_dict().items()}
     fit(objective, [make_batch(*walks(16, objective.span, rng)[:2]) for _ in range(10)], 1e-2)
     for key, parameter in objective.named_parameters():
@@ -279,3 +284,30 @@ def test_mtm_tells_hidden_actions_from_what_is_around_them() -> None:
     _, metrics = objective(make_batch(*lines(200, 3, rng)))
     # Both observations around an action are there in half of the cases, and do not always tell.
     assert float(metrics["action_loss"]) < 0.85 * np.log(4)
+
+
+CORRIDOR, ACTS = spaces.Box(0, 255, (3, 3, 3), np.uint8), spaces.Discrete(2)
+
+
+def corridor(n: int, rng: np.random.Generator) -> tuple[Batch, Tensor]:
+    """Boards in which a thing in the corner is seen at the start only, and never matters again; which of two it was."""
+    obs = np.zeros((n, 7, 3, 3, 3), np.uint8)
+    thing = rng.integers(0, 2, n)
+    obs[:, 0, ..., 0], obs[:, 1:, ..., 0] = 7, 8
+    obs[:, 0, 0, 0, 0] = 5 + thing
+    batch = make_batch(torch.as_tensor(obs), torch.as_tensor(rng.integers(0, 2, (n, 6))))
+    return batch, torch.as_tensor(thing, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("recall", [1.0, 0.0])
+def test_what_is_asked_for_is_remembered(recall: float) -> None:
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    encoder = make_encoder("grid:features_dim=16,width=8,depth=0", CORRIDOR)
+    objective = make_objective(f"gru:width=32,steps=6,decoder_width=8,recall={recall}", encoder, ACTS)
+    fit(objective, [corridor(16, rng)[0] for _ in range(30)], 5e-3)
+    belief = objective.exports()["belief"].eval()
+    batch, thing = corridor(200, rng)
+    with torch.no_grad():
+        features, _ = belief.scan(batch.obs, batch.action, batch.first)
+    assert (explained_by(features[:, -1], thing[:, None]) > 0.9) == bool(recall)

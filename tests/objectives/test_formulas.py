@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from rlrep import losses
 from rlrep.encoders import Encoder, make_encoder
 from rlrep.objectives import Objective, objectives
 from rlrep.objectives.autoencoder import Rarity
 from rlrep.objectives.mae import Masking
+from rlrep.objectives.memory import draw_times
 from rlrep.objectives.vq import Codebook
-from rlrep.types import Batch, Tree
+from rlrep.types import Batch, RlrepError, Tree
 
 VECTOR = spaces.Box(-np.inf, np.inf, (4,), np.float32)
 ACTIONS = spaces.Discrete(3, start=2)
@@ -459,3 +462,166 @@ def test_masked_vectors_stay_in_their_space(space: spaces.Space) -> None:
     assert not torch.equal(left, obs)
     assert all(space.contains(row if row.ndim else space.dtype.type(row)) for row in left.numpy().astype(space.dtype))
     assert where.all()
+
+
+def test_times_are_drawn_from_the_episode_and_the_past_of_each() -> None:
+    torch.manual_seed(0)
+    mask = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
+    segment, step, then = draw_times(mask, 400)
+    assert segment.tolist() == [i for i in range(len(LENGTHS)) for _ in range(400)]
+    for i, length in enumerate(LENGTHS):
+        pairs = set(zip(step[segment == i].tolist(), then[segment == i].tolist(), strict=True))
+        assert pairs == {(t, j) for t in range(length) for j in range(t + 2)}
+
+
+def walk(model: Any, batch: Batch) -> list[list[Tensor]]:
+    """Features at every observation, one step after the other, each segment by itself."""
+    walks = []
+    for i in range(len(LENGTHS)):
+        state, found = model.initial(1), []
+        for t in range(T + 1):
+            # The action on padding may be anything that is valid.
+            action = batch.action[i, t - 1 : t] if t else torch.tensor([2])
+            embedded, state = model.step(batch.obs[i, t : t + 1], action, torch.tensor([t == 0]), state)
+            found.append(embedded[0])
+        walks.append(found)
+    return walks
+
+
+TIMES = (torch.tensor([0, 0, 1, 3, 4]), torch.tensor([4, 2, 0, 1, 5]), torch.tensor([1, 3, 0, 2, 6]))
+"""Segments, transitions and earlier observations."""
+
+
+def fixed_draws(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    monkeypatch.setattr(f"rlrep.objectives.{module}.draw_times", lambda mask, n: TIMES)
+    # The last two numbers are hidden, and all count.
+    hidden = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    monkeypatch.setattr(Masking, "forward", lambda self, obs: (obs * hidden, torch.ones(len(obs), 4, dtype=torch.bool)))
+
+
+def symlog(x: Tensor) -> Tensor:
+    return torch.sign(x) * torch.log1p(x.abs())
+
+
+def asked(objective: Any, now: Tensor, earlier: Tensor) -> float:
+    """The error of recalling an earlier observation, half of which is shown."""
+    left = features(objective.encoder, earlier * torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    context = objective.recall.ask(torch.cat([now, left])[None]).relu()
+    return float((objective.belief.reconstruct.decode(context)[0] - symlog(earlier)).square().mean())
+
+
+@pytest.mark.parametrize("recall", [0.0, 0.7])
+@torch.no_grad()
+def test_gru_predicts_sees_recalls_and_tells_the_end(
+    recall: float, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed_draws(monkeypatch, "gru")
+    objective = build({"name": "gru", "steps": T, "width": 6, "recall": recall, "end_weight": 0.3}).eval()
+    model, batch = (
+        objective.belief,
+        dataclasses.replace(batch, terminated=torch.arange(T) == batch.mask.sum(1)[:, None] - 1),
+    )
+    found = walk(model, dataclasses.replace(batch, action=torch.where(batch.mask, batch.action, 2)))
+    predicted, seen, recalled = [], [], []
+    for i, t, j in zip(*(x.tolist() for x in TIMES), strict=True):
+        action = torch.eye(3)[int(batch.action[i, t]) - 2]
+        target = symlog(batch.obs[i, t + 1])
+        for name, into in (
+            (model.next(torch.cat([found[i][t], action])), predicted),
+            (model.now(found[i][t + 1]), seen),
+        ):
+            into.append(float((model.reconstruct.decode(name.relu()[None])[0] - target).square().mean()))
+        if recall:
+            recalled.append(asked(objective, found[i][t + 1], batch.obs[i, j]))
+    ends = []
+    for i, length in enumerate(LENGTHS):
+        for t in range(length):
+            chance = 1 / (1 + math.exp(-float(model.ends(found[i][t + 1]))))
+            ends.append(-math.log(chance if t == length - 1 else 1 - chance))
+    expected = np.mean(predicted) + np.mean(seen) + 0.3 * np.mean(ends) + (recall * np.mean(recalled) if recall else 0)
+    loss, metrics = loss_of(objective, batch)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert metrics["predicted"] == pytest.approx(np.mean(predicted), rel=1e-4)
+    assert metrics["end"] == pytest.approx(np.mean(ends), rel=1e-4)
+    assert ("recalled" in metrics) == bool(recall)
+
+
+SMALL = {"name": "rssm", "steps": T, "deter": 5, "groups": 2, "classes": 3, "hidden": 6}
+
+
+@torch.no_grad()
+def test_rssm_is_the_papers(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step, gate and divergence of one segment after the other; codes are the likeliest in evaluation."""
+    fixed_draws(monkeypatch, "rssm")
+    options = {"dynamics": 0.5, "representation": 0.2, "free_nats": 0.01, "recall": 0.7, "end_weight": 0.3}
+    objective = build({**SMALL, **options}).eval()
+    model = objective.belief
+    batch = dataclasses.replace(batch, first=(torch.arange(T) == 0) & (torch.arange(len(LENGTHS)) < 2)[:, None])
+
+    def probabilities(logits: Tensor) -> list[list[float]]:
+        return [[0.99 * p + 0.01 / 3 for p in row] for row in logits.reshape(2, 3).softmax(dim=1).tolist()]
+
+    nats, features_at, ends = [], {}, []
+    for i, length in enumerate(LENGTHS):
+        deter, codes = torch.zeros(5), torch.zeros(6)
+        for t in range(length + 1):
+            action = torch.eye(3)[int(batch.action[i, t - 1]) - 2] if t else torch.zeros(3)
+            entered = model.enter(torch.cat([codes, action])[None])[0]
+            reset, candidate, update = model.gates(torch.cat([entered, deter])[None])[0].chunk(3)
+            update = torch.sigmoid(update - 1)
+            deter = update * torch.tanh(torch.sigmoid(reset) * candidate) + (1 - update) * deter
+            embedding = features(objective.encoder, batch.obs[i, t])
+            posterior = probabilities(model.posterior(torch.cat([deter, embedding])))
+            prior = probabilities(model.prior(deter))
+            codes = torch.cat([torch.eye(3)[int(np.argmax(row))] for row in posterior])
+            features_at[i, t] = torch.cat([embedding, deter, codes])
+            # What was before a segment that begins in the middle of an episode is not known.
+            if t or i < 2:
+                rows = zip(posterior, prior, strict=True)
+                nats.append(sum(q * math.log(q / p) for row, other in rows for q, p in zip(row, other, strict=True)))
+            if t:
+                logit = float(model.ends(model.context(torch.cat([deter, codes])[None]))[0])
+                ends.append(math.log(1 + math.exp(logit)))
+    seen, recalled = [], []
+    for i, t, j in zip(*(x.tolist() for x in TIMES), strict=True):
+        state = features_at[i, t + 1]
+        drawn = model.reconstruct.decode(model.context(state[8:][None]))[0]
+        seen.append(float((drawn - symlog(batch.obs[i, t + 1])).square().mean()))
+        recalled.append(asked(objective, state, batch.obs[i, j]))
+    divergence = np.mean([max(x, 0.01) for x in nats])
+    expected = 0.7 * divergence + np.mean(seen) + 0.7 * np.mean(recalled) + 0.3 * np.mean(ends)
+    loss, metrics = loss_of(objective, batch)
+    assert metrics["nats"] == pytest.approx(divergence, rel=1e-4)
+    assert metrics["end"] == pytest.approx(np.mean(ends), rel=1e-4)
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_rssm_without_a_decoder_holds_its_state_to_the_embedding(batch: Batch) -> None:
+    objective = build({**SMALL, "decoder": False, "projection": 1.0, "dynamics": 0.0, "representation": 0.0}).eval()
+    loss, metrics = objective(batch)
+    there = batch.obs_mask.flatten()
+    states = objective.belief.unroll(objective.encoder.encode(batch.obs), objective.actions(batch), batch.first)
+    views = [objective.project(objective.belief.see(objective.belief.features(states))), states["embedding"]]
+    one, other = ((view.flatten(0, 1)[there] - view.flatten(0, 1)[there].mean(0)) for view in views)
+    correlation = (one.T @ other) / (one.square().sum(0).sqrt()[:, None] * other.square().sum(0).sqrt())
+    eye = torch.eye(8, dtype=torch.bool)
+    expected = (1 - correlation[eye]).square().sum() + 5e-4 * correlation[~eye].square().sum()
+    assert float(metrics["projected"]) == pytest.approx(float(expected.detach()), rel=1e-2)
+    assert set(metrics) == {"nats", "end", "projected"}
+    loss.backward()
+    with pytest.raises(RlrepError, match="decoder=false"):
+        objective.belief.decode(torch.zeros(1, objective.belief.features_dim))
+
+
+def test_codes_are_drawn_by_their_probabilities_and_pass_the_gradient_on() -> None:
+    torch.manual_seed(0)
+    model = build(SMALL).belief
+    logits = torch.randn(2, 3, requires_grad=True)
+    log_probs = losses.unimix(logits, 0.01).expand(20_000, 2, 3)
+    codes = model._draw(log_probs)
+    assert set(codes.detach().round(decimals=4).unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(codes.detach().mean(dim=0), log_probs[0].exp().detach(), atol=0.015, rtol=0)
+    wanted = torch.randn(2, 3)
+    (codes * wanted).sum().div(20_000).backward()
+    (expected,) = torch.autograd.grad((losses.unimix(logits, 0.01).exp() * wanted).sum(), logits)
+    torch.testing.assert_close(logits.grad, expected, atol=1e-4, rtol=1e-3)

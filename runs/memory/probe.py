@@ -1,0 +1,123 @@
+"""Says what makes a state remember: `python runs/memory/probe.py`, again to go on after an interruption.
+
+A cell is one arm, task and seed: a world model is trained without reward, and the memory probe tells how well its
+features hold what was seen in the start room. A cell that is done is one row of `results/probe.jsonl`; data and models
+lie in `out/` and are made again where they are missing. `results/probe.md` is written from the rows that are there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+import rlrep
+from rlrep import runs
+from rlrep.evaluate.memory import probe_memory
+from rlrep.settings import load_yaml
+
+HERE = Path(__file__).parent
+CELLS, REPORT = "probe.jsonl", "probe.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `plan.yaml` says."""
+
+    tasks: dict[str, str]
+    collect: dict[str, Any]
+    arms: dict[str, list[str]]
+    pretrain: dict[str, Any]
+    seeds: list[int]
+
+
+Cell = dict[str, Any]
+"""`task`, `arm` and `seed`; when done, its results."""
+
+
+def key(cell: Cell) -> tuple[str, str, int]:
+    """What tells a cell from the others."""
+    return cell["task"], cell["arm"], cell["seed"]
+
+
+def folder_name(text: str) -> str:
+    """A spec or a name as the name of a folder."""
+    return re.sub(r"[^\w.+-]+", "_", text)
+
+
+def run_cell(plan: Plan, cell: Cell, out: Path) -> Cell:
+    """Trains and probes one cell, or goes on with it, and returns it with its results."""
+    task, arm, seed = key(cell)
+    data = rlrep.collect(task, out=out / folder_name(task) / "data", **plan.collect)
+    folder = out / folder_name(task) / folder_name(arm) / f"seed{seed}"
+    rlrep.pretrain(data, out=folder, objectives=plan.arms[arm], seed=seed, **plan.pretrain)
+    found = probe_memory(folder / "belief", data, "cue", where=plan.tasks[task], seed=seed)
+    results = runs.read_json(folder / runs.RECORD)["results"]
+    return {**cell, "objectives": plan.arms[arm], "seconds": results["seconds"], **found.to_json()}
+
+
+def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
+    """Returns the tables, one a task, in Markdown."""
+    lines = [
+        "# Memory, probed",
+        "",
+        f"{len(done)} of {total} cells. Accuracy of a linear probe of the features for the object of the start room, "
+        "on episodes that the probe has not seen, while that object is out of sight, by the steps since it was seen. "
+        f"Models learnt {plan.pretrain['updates']:,} updates of {plan.pretrain['batch_size']} segments from "
+        f"{plan.collect['steps']:,} reward-free steps. Means over seeds; seconds as the clock had them on a busy "
+        "machine. `memoryless` are the features of the current observation alone, `untrained` those of a model that "
+        "has learnt nothing.",
+    ]
+    for task, where in plan.tasks.items():
+        mine = [cell for cell in done if cell["task"] == task]
+        if not mine:
+            continue
+        ages = list(dict.fromkeys(row["age"] for cell in mine for row in cell["rows"] if row["age"] != "all"))
+        lines += ["", f"## {task}, {where}", "", f"| arm | seeds | all | {' | '.join(ages)} | seconds |"]
+        lines += ["|---" * (len(ages) + 4) + "|"]
+        for column, arm in [("accuracy", arm) for arm in plan.arms] + [("memoryless", ""), ("untrained", "")]:
+            cells = [cell for cell in mine if cell["arm"] == (arm or cell["arm"])]
+            if cells:
+                scores = [
+                    f"{np.mean([row[column] for cell in cells for row in cell['rows'] if row['age'] == age]):.2f}"
+                    for age in ["all", *ages]
+                ]
+                seconds = f"{np.mean([cell['seconds'] for cell in cells]):.0f}" if arm else "-"
+                lines += [f"| {arm or column} | {len(cells)} | {' | '.join(scores)} | {seconds} |"]
+    return "\n".join(lines) + "\n"
+
+
+def main(plan_file: Path = HERE / "plan.yaml", out: Path = HERE / "out", results: Path = HERE / "results") -> None:
+    """Runs the cells that are missing from the results, and writes the report after each.
+
+    Args:
+        plan_file: What to compare.
+        out: Data and models; may be thrown away.
+        results: Rows of finished cells, and the report.
+    """
+    plan = load_yaml(Plan, plan_file)
+    wanted = [
+        {"task": task, "arm": arm, "seed": seed}
+        for seed, arm, task in itertools.product(plan.seeds, plan.arms, plan.tasks)
+    ]
+    results.mkdir(parents=True, exist_ok=True)
+    with runs.lock(out):
+        for i, cell in enumerate(wanted):
+            done = runs.read_jsonl(results / CELLS)
+            if key(cell) not in {key(row) for row in done}:
+                print(f"[{i + 1}/{len(wanted)}] {cell['arm']} on {cell['task']}, seed {cell['seed']}")
+                runs.append_jsonl(results / CELLS, run_cell(plan, cell, out))
+                done = runs.read_jsonl(results / CELLS)
+            text = report(plan, done, len(wanted))
+            runs.write_atomically(results / REPORT, lambda path, text=text: path.write_text(text))
+    print(text)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
