@@ -114,7 +114,9 @@ def test_list_shows_every_registered_name_with_its_paper() -> None:
     assert "nature" not in only
 
 
-@pytest.mark.parametrize("command", ["collect", "pretrain", "probe", "finetune", "report", "run", "list", "data"])
+@pytest.mark.parametrize(
+    "command", ["collect", "pretrain", "probe", "finetune", "report", "export", "run", "list", "data"]
+)
 def test_help_is_worth_reading(command: str) -> None:
     done = rlrep(command, "--help")
     assert done.returncode == 0
