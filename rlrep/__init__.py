@@ -12,7 +12,7 @@ from rlrep.dataset import Dataset, DatasetWriter
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.memory import probe_memory
 from rlrep.evaluate.probes import probe
-from rlrep.evaluate.report import report
+from rlrep.evaluate.report import compare, report
 from rlrep.explore import Bonus
 from rlrep.finetune import finetune
 from rlrep.latent import LatentVecEnv
@@ -37,6 +37,7 @@ __all__ = [
     "RlrepError",
     "Transition",
     "collect",
+    "compare",
     "finetune",
     "load_encoder",
     "load_recipe",

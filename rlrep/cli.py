@@ -22,7 +22,7 @@ from rlrep.encoders.base import AUTO
 from rlrep.evaluate import exploration
 from rlrep.evaluate.memory import MemoryProbe, probe_memory
 from rlrep.evaluate.probes import Probes, probe
-from rlrep.evaluate.report import report
+from rlrep.evaluate.report import compare, report
 from rlrep.explore import explorers
 from rlrep.finetune import finetune
 from rlrep.objectives import objectives
@@ -145,13 +145,41 @@ class ReportCommand:
     runs: Positional[tuple[Path, ...]]
     """Folders of fine-tuning runs; several are taken as several tasks."""
     out: Path | None = None
-    """Where report.md and curves.png go; the first run's folder unless given."""
+    """Where report.html, report.md and curves.png go; the first run's folder unless given."""
     threshold: float | None = None
     """The return that counts as solved; the one of the runs unless given."""
+    baseline: str | None = None
+    """The arm to compare with; the best of those trained from scratch unless given."""
+    stages: tuple[Path, ...] = ()
+    """Datasets and pre-training runs that do not lie beside the runs, and dreams."""
+    overwrite: bool = False
+    """Replace files of these names that are not by rlrep."""
 
     def __call__(self) -> None:
         """Reports."""
-        report(self.runs, out=self.out, threshold=self.threshold)
+        report(self.runs, self.out, self.threshold, self.baseline, self.stages, self.overwrite)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareCommand:
+    """Put fine-tuning runs side by side: all their arms in one table, and what is different in their settings."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders of fine-tuning runs, of one task."""
+    out: Path | None = None
+    """Where comparison.html, comparison.md and comparison.png go; nowhere unless given."""
+    threshold: float | None = None
+    """The return that counts as solved; the one of the runs unless given."""
+    baseline: str | None = None
+    """The arm to compare with, such as 'ae: scratch'; the best of all trained from scratch unless given."""
+    stages: tuple[Path, ...] = ()
+    """Datasets and pre-training runs that do not lie beside the runs, and dreams."""
+    overwrite: bool = False
+    """Replace files of these names that are not by rlrep."""
+
+    def __call__(self) -> None:
+        """Compares."""
+        compare(self.runs, self.out, self.threshold, self.baseline, self.stages, self.overwrite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,6 +393,7 @@ def _commands(args: Sequence[str]) -> Any:
         Annotated[FinetuneCommand, subcommand("finetune")],
         Annotated[ProbeCommand, subcommand("probe")],
         Annotated[ReportCommand, subcommand("report")],
+        Annotated[CompareCommand, subcommand("compare")],
         run_command,
         Annotated[ListCommand, subcommand("list")],
         Annotated[DataCommand, subcommand("data")],

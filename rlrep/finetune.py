@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
-from tqdm import tqdm
 
 from rlrep import runs, spaces
 from rlrep.augment import Augment
@@ -24,6 +22,7 @@ from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.comparison import PRETRAINED
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.latent import LatentVecEnv
+from rlrep.live import Watch
 from rlrep.registry import nearest
 from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs
 from rlrep.types import RunError
@@ -130,7 +129,8 @@ def finetune(
 
     Args:
         env: Environment spec.
-        out: Run folder: `scores.jsonl` has a row an evaluation, `failures.jsonl` one a failed job.
+        out: Run folder: `scores.jsonl` has a row an evaluation, `failures.jsonl` one a failed job, `tensorboard/` the
+            same curves.
         encoder: Pre-trained encoder, or its folder; without one only `scratch` and `random-frozen` can run.
         arms: Names or mappings, see `Arm`.
         seeds: One run of each arm a seed.
@@ -227,8 +227,9 @@ def _run_all(run: runs.RunFolder, jobs: list[dict[str, Any]], n_workers: int | N
     missing = [job for job in jobs if (job["arm"].name, job["seed"]) not in finished]
     reached: dict[tuple[str, int], int] = dict(finished)
     n_failed = 0
-    total = sum(job["steps"] for job in jobs)
-    with tqdm(total=total, desc=f"finetune ({len(jobs)} runs)", unit="step", unit_scale=True) as bar:
+    arms, n_seeds = list(dict.fromkeys(job["arm"].name for job in jobs)), len({job["seed"] for job in jobs})
+    steps, threshold = jobs[0]["steps"], jobs[0]["threshold"]
+    with Watch(run.path / "tensorboard", arms, n_seeds, steps, threshold, runs.read_jsonl(scores)) as watch:
 
         def receive(job: Mapping[str, Any], row: dict[str, Any]) -> None:
             if row["steps"] <= reached.get(_key(row), 0):
@@ -236,9 +237,8 @@ def _run_all(run: runs.RunFolder, jobs: list[dict[str, Any]], n_workers: int | N
                 runs.trim_jsonl(scores, lambda scored: _key(scored) != _key(row))
             runs.append_jsonl(scores, row)
             reached[_key(row)] = row["steps"]
-            bar.update(min(sum(reached.values()), total) - bar.n)
+            watch.add(row)
 
-        bar.update(min(sum(reached.values()), total))
         for job, outcome in map_jobs(_run_job, missing, n_workers, ray=ray, receive=receive):
             if isinstance(outcome, JobFailure):
                 n_failed += 1
@@ -249,7 +249,7 @@ def _run_all(run: runs.RunFolder, jobs: list[dict[str, Any]], n_workers: int | N
                     "traceback": outcome.traceback,
                 }
                 runs.append_jsonl(failures, row)
-                tqdm.write(f"arm {row['arm']}, seed {row['seed']} failed: {outcome.error}", file=sys.stderr)
+                watch.say(f"arm {row['arm']}, seed {row['seed']} failed: {outcome.error}")
     if n_failed == len(jobs):
         raise RunError(f"every job failed; the first: {runs.read_jsonl(failures)[0]['error']} (see {failures})")
     if not n_failed:

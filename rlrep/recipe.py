@@ -20,7 +20,8 @@ from rlrep import runs
 from rlrep.collect import collect
 from rlrep.encoders import Encoder
 from rlrep.evaluate.probes import probe
-from rlrep.evaluate.report import Summary, report
+from rlrep.evaluate.report import report
+from rlrep.evaluate.summary import Summary
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.finetune import finetune, parse_arms
 from rlrep.pretrain import pretrain
@@ -110,8 +111,8 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
     n_runs = len(recipe.finetune.arms) * len(recipe.finetune.seeds)
     print(f"[3/4] finetune: {n_runs} runs of {recipe.finetune.steps:,} steps with reward -> {out / 'finetune'}")
     scores = finetune(recipe.env, encoder=encoder, out=out / "finetune", overwrite=overwrite, **vars(recipe.finetune))
-    print(f"[4/4] report -> {out / 'report.md'}")
-    return report(scores, out=out)
+    print(f"[4/4] report -> {out / 'report.html'}")
+    return report(scores, out=out, stages=folders)
 
 
 def on_ray(recipe: Recipe, ray: str | None) -> Recipe:
@@ -177,7 +178,7 @@ def sweep(
                 done.append(job["out"] / "finetune")
     if not done:
         raise RunError(f"every recipe of the sweep failed; the first: {failures[0]}")
-    summary = report(sorted(done), out=out)
+    summary = report(sorted(done), out=out, stages=[] if data is None else [data])
     if failures:
         raise RunError(f"{len(failures)} of {len(named)} recipes failed: {'; '.join(failures)}")
     return summary

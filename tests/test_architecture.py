@@ -28,6 +28,7 @@ TIERS = [
     ["objectives", "sb3"],
     ["explore", "latent"],
     ["evaluate", "intrinsic"],
+    ["live"],
     ["collect", "pretrain", "finetune"],
     ["recipe"],
     ["cli"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from rlrep.evaluate.stats import (
     steps_to_threshold,
     stratified_bootstrap,
 )
+from rlrep.registry import nearest
 from rlrep.types import RunError
 
 BASELINE, CONTROL = "scratch", "random-frozen"
@@ -56,6 +57,8 @@ class Run:
     final_success: float
     seconds: float
     """Wall-clock time spent training."""
+    reward_free_steps: int
+    """Environment steps without reward that its encoder was trained on before."""
 
     @property
     def solved(self) -> bool:
@@ -137,8 +140,15 @@ def read_task(path: Path, threshold: float | None = None) -> Task:
     """
     if not path.is_dir():
         raise RunError(f"there is no folder {path}; name one that `finetune` wrote")
+    if not (path / runs.RECORD).exists():
+        inside = sorted(each.parent.name for each in path.glob(f"*/{runs.RECORD}"))
+        hint = f"; in it are the runs {', '.join(inside)}" if inside else ""
+        what = "is no run" if any(path.iterdir()) else "is empty"
+        raise RunError(f"{path} {what}: {path / runs.RECORD} does not exist. Name a folder that `finetune` wrote{hint}")
     record = runs.read_json(path / runs.RECORD)
-    if record.get("stage") != "finetune":
+    if not isinstance(record, dict) or record.get("stage") is None:
+        raise RunError(f"{path / runs.RECORD} is not by rlrep: it does not say of which stage it is")
+    if record["stage"] != "finetune":
         raise RunError(f"{path} holds a {record.get('stage')} run; a report needs one of finetune")
     settings = record["settings"]
     threshold = settings.get("threshold") if threshold is None else threshold
@@ -162,7 +172,7 @@ def read_task(path: Path, threshold: float | None = None) -> Task:
             evaluations.setdefault((row["arm"], row["seed"]), {})[row["steps"]] = row
         found = {
             arm["name"]: tuple(
-                _read_run(task, arm["name"], seed, evaluations.get(key, {}), errors.get(key))
+                _read_run(task, arm, seed, evaluations.get(key, {}), errors.get(key))
                 for seed in settings["seeds"]
                 for key in [(arm["name"], seed)]
             )
@@ -181,7 +191,7 @@ def read_task(path: Path, threshold: float | None = None) -> Task:
     return dataclasses.replace(task, arms=arms)
 
 
-def _read_run(task: Task, arm: str, seed: int, rows: dict[int, dict[str, Any]], error: str | None) -> Run:
+def _read_run(task: Task, arm: Mapping[str, Any], seed: int, rows: dict[int, dict[str, Any]], error: str | None) -> Run:
     evaluations = [rows[step] for step in sorted(rows)]
     for row in evaluations:
         if not math.isfinite(row["return"]):
@@ -193,7 +203,7 @@ def _read_run(task: Task, arm: str, seed: int, rows: dict[int, dict[str, Any]], 
     ended = bool(ordered) and len(ordered) == len(rows) and last.get("last", last["steps"] >= task.budget)
     return Run(
         task=task.label,
-        arm=arm,
+        arm=arm["name"],
         seed=seed,
         state="finished" if ended else "failed" if error else "unfinished",
         error=None if ended else error,
@@ -204,6 +214,7 @@ def _read_run(task: Task, arm: str, seed: int, rows: dict[int, dict[str, Any]], 
         final_return=last["return"],
         final_success=last["success"],
         seconds=last["seconds"],
+        reward_free_steps=task.reward_free_steps if arm.get("kind", arm["name"]) in PRETRAINED else 0,
     )
 
 
@@ -216,24 +227,25 @@ def relabel(task: Task, label: str) -> Task:
     return dataclasses.replace(task, label=label, arms=arms)
 
 
-def compare(tasks: Sequence[Task], unit: float) -> tuple[ArmSummary, ...]:
+def compare(tasks: Sequence[Task], unit: float, baseline: str | None = None) -> tuple[ArmSummary, ...]:
     """Summarises every arm over the tasks and compares it with the baseline and the control.
 
     Args:
         tasks: Steps count as shares of each one's budget, or a long task would drown a short one.
         unit: What an arm's own steps are multiplied by: the budget, where there is one task.
+        baseline: Name of the arm to compare with; see `find_baseline`.
     """
     names = list(dict.fromkeys(arm.name for task in tasks for arm in task.arms))
     arms = [_describe(name, tasks, unit) for name in names]
-    baseline = find_baseline(arms)
+    against = find_baseline(arms, baseline)
     control = next((arm for arm in arms if arm.kind == CONTROL), None)
     return tuple(
         dataclasses.replace(
             arm,
-            speed_up=_speed_up(baseline, arm, tasks),
-            speed_up_charged=_speed_up(baseline, arm, tasks, charged=True) if arm.pretrained else None,
+            speed_up=_speed_up(against, arm, tasks),
+            speed_up_charged=charged_speed_up(against, arm, tasks),
             speed_up_over_control=_speed_up(control, arm, tasks) if arm.pretrained else None,
-            sooner=_sooner(baseline, arm, tasks),
+            sooner=_sooner(against, arm, tasks),
         )
         for arm in arms
     )
@@ -245,17 +257,26 @@ def _describe(name: str, tasks: Sequence[Task], unit: float) -> ArmSummary:
     if not arm.finished:
         return arm
     own = [task for task in tasks if any(run.task == task.label for run in arm.finished)]
-    steps = _bootstrap(_matrix(arm, own, _share_of_budget))
+    steps = _bootstrap(matrix(arm, own, share_of_budget))
     return dataclasses.replace(
         arm,
         steps=Interval(steps.point * unit, steps.low * unit, steps.high * unit),
-        area=_bootstrap(_matrix(arm, own, lambda run, task: run.area)),
-        final_return=_bootstrap(_matrix(arm, own, lambda run, task: run.final_return)),
+        area=_bootstrap(matrix(arm, own, lambda run, task: run.area)),
+        final_return=_bootstrap(matrix(arm, own, lambda run, task: run.final_return)),
     )
 
 
-def find_baseline(arms: Sequence[ArmSummary]) -> ArmSummary | None:
-    """Returns the arm trained from scratch that speed-ups are over."""
+def find_baseline(arms: Sequence[ArmSummary], name: str | None = None) -> ArmSummary | None:
+    """Returns the arm that speed-ups are over: the one named, else the best of those trained from scratch.
+
+    Raises:
+        RunError: No arm has that name.
+    """
+    if name is not None:
+        names = [arm.name for arm in arms]
+        if name not in names:
+            raise RunError(f"no arm is called {name!r}.{nearest(name, names)} There are: {', '.join(names)}")
+        return arms[names.index(name)]
     scratch = [arm for arm in arms if arm.kind == BASELINE]
     # The best of them, lest a badly tuned one flatters pre-training.
     return min(scratch, key=slowness, default=None)
@@ -266,17 +287,18 @@ def slowness(arm: ArmSummary) -> tuple[float, float]:
     return (arm.steps.point, -arm.area.point) if arm.steps and arm.area else (math.inf, math.inf)
 
 
-def _share_of_budget(run: Run, task: Task) -> float:
+def share_of_budget(run: Run, task: Task) -> float:
+    """Returns the steps to the threshold as a share of the task's budget."""
     return run.steps_to_threshold / task.budget
 
 
-def _matrix(arm: ArmSummary, tasks: Sequence[Task], value: Callable[[Run, Task], float]) -> NDArray[np.float64]:
+def matrix(arm: ArmSummary, tasks: Sequence[Task], value: Callable[[Run, Task], float]) -> NDArray[np.float64]:
     """Returns the finished runs' values as (runs, tasks), NaN where a task has fewer runs than another."""
     columns = [[value(run, task) for run in arm.finished if run.task == task.label] for task in tasks]
-    matrix = np.full((max(map(len, columns)), len(tasks)), np.nan)
+    values = np.full((max(map(len, columns)), len(tasks)), np.nan)
     for i, column in enumerate(columns):
-        matrix[: len(column), i] = column
-    return matrix
+        values[: len(column), i] = column
+    return values
 
 
 def _bootstrap(scores: NDArray[np.float64]) -> Interval:
@@ -293,18 +315,29 @@ def _shared(one: ArmSummary, other: ArmSummary, tasks: Sequence[Task]) -> list[T
     return [task for task in tasks if all(any(run.task == task.label for run in a.finished) for a in (one, other))]
 
 
-def _speed_up(slower: ArmSummary | None, arm: ArmSummary, tasks: Sequence[Task], charged: bool = False) -> Ratio | None:
+def charged_speed_up(
+    slower: ArmSummary | None, arm: ArmSummary, tasks: Sequence[Task], fine_tunings: int = 1
+) -> Ratio | None:
+    """Returns the speed-up of an arm with its reward-free steps counted too, shared by so many runs; None without."""
+    if not any(run.reward_free_steps for run in arm.finished):
+        return None
+    return _speed_up(slower, arm, tasks, fine_tunings)
+
+
+def _speed_up(
+    slower: ArmSummary | None, arm: ArmSummary, tasks: Sequence[Task], fine_tunings: float = math.inf
+) -> Ratio | None:
     if slower is None or slower.name == arm.name or not (shared := _shared(slower, arm, tasks)):
         return None
-    if charged and not any(task.reward_free_steps for task in shared):
-        return None
-    extra = np.array([task.reward_free_steps / task.budget if charged else 0.0 for task in shared])
-    mine = _matrix(arm, shared, _share_of_budget) + extra
-    return speed_up(_matrix(slower, shared, _share_of_budget), mine, 1.0, fixed_rng())
+
+    def steps(run: Run, task: Task) -> float:
+        return (run.steps_to_threshold + run.reward_free_steps / fine_tunings) / task.budget
+
+    return speed_up(matrix(slower, shared, share_of_budget), matrix(arm, shared, steps), 1.0, fixed_rng())
 
 
 def _sooner(baseline: ArmSummary | None, arm: ArmSummary, tasks: Sequence[Task]) -> Interval | None:
     if baseline is None or baseline.name == arm.name or not (shared := _shared(baseline, arm, tasks)):
         return None
-    theirs, mine = (_matrix(a, shared, _share_of_budget) for a in (baseline, arm))
+    theirs, mine = (matrix(a, shared, share_of_budget) for a in (baseline, arm))
     return probability_of_improvement(theirs, mine, fixed_rng())

@@ -45,7 +45,7 @@ def explored(folders: Sequence[str | Path], points: int = 20) -> list[Explored]:
         DatasetError: There is no dataset in one of them.
     """
     data = [Dataset(folder) for folder in folders]
-    names = [_explorer(each) or Path(folder).name for each, folder in zip(data, folders, strict=True)]
+    names = [explorer_of(each) or Path(folder).name for each, folder in zip(data, folders, strict=True)]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     found = []
@@ -56,7 +56,7 @@ def explored(folders: Sequence[str | Path], points: int = 20) -> list[Explored]:
     return found
 
 
-def _explorer(data: Dataset) -> str | None:
+def explorer_of(data: Dataset) -> str | None:
     """Returns what collected the data, None if that is not known."""
     collector = runs.read_json(data.paths[0] / META)["writers"][-1]["collector"]
     return str(collector["explorer"]) if isinstance(collector, Mapping) and "explorer" in collector else None
@@ -126,5 +126,5 @@ def _draw_actions(ax: Axes, datasets: Sequence[Explored]) -> None:
         total = max(sum(one.actions.values()), 1)
         ax.plot(known, [one.actions.get(action, 0) / total for action in known], "o-", color=f"C{i}", markersize=3)
     ax.set_title("actions", fontsize=9)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     ax.tick_params(labelsize=7)

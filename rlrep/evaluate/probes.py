@@ -181,7 +181,7 @@ class Prober:
 
     def linear(self, encoder: Encoder) -> dict[str, float]:
         """Returns the score of the linear probe of every label."""
-        features = _features_of(encoder)
+        features = features_of(encoder)
         return self._linear(features(self.train), features(self.test))
 
     def probe(self, encoder: Encoder, k: int = 10) -> Probes:
@@ -200,9 +200,9 @@ class Prober:
             for name, label in self.labels.items()
         }
         kinds: dict[str, Features] = {
-            "": _features_of(encoder),
+            "": features_of(encoder),
             "raw_": lambda obs: _raw(self.space, obs),
-            "random_": _features_of(untrained.to(encoder.device)),
+            "random_": features_of(untrained.to(encoder.device)),
         }
         for prefix, features in kinds.items():
             train, test = features(self.train), features(self.test)
@@ -316,7 +316,9 @@ def _label(train: np.ndarray, test: np.ndarray) -> Label | None:
     return Label(torch.from_numpy(np.searchsorted(values, train)), torch.from_numpy(numbers), len(values))
 
 
-def _features_of(encoder: Encoder) -> Features:
+def features_of(encoder: Encoder) -> Features:
+    """Returns what encodes (N, *obs_shape) observations a batch at a time, in evaluation mode, to (N, D) on the CPU."""
+
     def features(obs: Tree) -> Tensor:
         training = encoder.training
         encoder.eval()

@@ -142,6 +142,37 @@ def probability_of_improvement(
     return Interval(float(above(x, y)), *_percentiles(values, values, confidence, [x, y]))
 
 
+def performance_profile(
+    scores: ArrayLike,
+    thresholds: ArrayLike,
+    rng: np.random.Generator,
+    resamples: int = 2_000,
+    confidence: float = 0.95,
+) -> list[Interval]:
+    """Returns, for each of the thresholds (T,), the share of runs that score at least that, averaged over the tasks.
+
+    The intervals are pointwise: each holds its share, not all of them the whole profile.
+
+    Args:
+        scores: (R, M); steps to a threshold as negative numbers, so that more is better.
+        thresholds: (T,).
+        rng: Draws the resamples.
+        resamples: How many resamples.
+        confidence: Of the intervals.
+    """
+    scores = _as_runs(scores)
+    levels = np.asarray(thresholds, dtype=np.float64)
+
+    def share(x: Scores) -> NDArray[np.float64]:
+        there = ~np.isnan(x)[..., None]
+        above = (x[..., None] >= levels) & there
+        return (above.sum(axis=-3) / there.sum(axis=-3)).mean(axis=-2)
+
+    values = _bootstrap(share, [scores], rng, resamples, scores_each=scores.size * len(levels))
+    ends = [_percentiles(column, column, confidence, [scores]) for column in values.T]
+    return [Interval(float(point), *end) for point, end in zip(share(scores), ends, strict=True)]
+
+
 def steps_to_threshold(steps: ArrayLike, returns: ArrayLike, threshold: float) -> float:
     """Returns the steps (T,) of the first evaluation whose return (T,) is at least `threshold`; infinite if none is."""
     steps, returns = _as_curve(steps, returns)

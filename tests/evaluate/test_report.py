@@ -6,87 +6,18 @@ import math
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from report_cases import BUDGET, ENV, FROZEN, INF, NEVER, SCRATCH, curve, write_run
 
 from rlrep import runs
-from rlrep.evaluate.report import report, summarise
+from rlrep.evaluate.report import report
+from rlrep.evaluate.summary import summarise
 from rlrep.types import RunError
-
-BUDGET, EVERY = 120_000, 10_000
-ENV = "MiniGrid-DoorKey-6x6-v0:obs=rgb"
-
-
-def curve(solved_at, seed, ceiling=0.95, until=BUDGET):
-    """Evaluations of a run that crosses 0.8 at `solved_at`; one that never does if that is infinite."""
-    steps = np.arange(EVERY, until + 1, EVERY)
-    if math.isinf(solved_at):
-        returns = np.linspace(0.0, 0.5, len(steps)) + 0.05 * np.sin(steps / 9_000 + seed)
-    else:
-        returns = np.where(steps < solved_at, 0.7 * steps / solved_at, ceiling - 0.01 * (seed % 3))
-    return [
-        {
-            "steps": int(s),
-            "return": float(r),
-            "std": 0.1,
-            "episodes": 20,
-            "success": float(r > 0.8),
-            "seconds": s / 2_000,
-        }
-        for s, r in zip(steps, returns, strict=True)
-    ]
 
 
 @pytest.fixture
 def make_run(tmp_path):
     """Writes a fine-tuning run; `arms` is {name: {seed: steps at which it is solved, or rows}}."""
-
-    def make(arms, name="finetune", failures=(), finished=True, kinds=(), encoder=True, **settings):
-        folder = tmp_path / name
-        seeds = sorted({seed for each in arms.values() for seed in each} | {row["seed"] for row in failures})
-        run = runs.RunFolder(
-            folder,
-            "finetune",
-            {
-                "env": ENV,
-                "algorithm": "ppo",
-                "steps": BUDGET,
-                "threshold": 0.8,
-                "arms": [{"name": arm, "kind": dict(kinds).get(arm, arm)} for arm in arms],
-                "seeds": seeds,
-                "encoder": {
-                    "name": "nature",
-                    "reward_free_steps": 300_000,
-                    "pretrain_seconds": 35.0,
-                    "digest": "abc123",
-                    "data_digest": "def456",
-                    "objectives": ["ae", "inverse:weight=0.5"],
-                }
-                if encoder
-                else None,
-                **settings,
-            },
-        )
-        rows = [
-            {"arm": arm, "seed": seed, **row}
-            for arm, each in arms.items()
-            for seed, how in each.items()
-            for row in (how if isinstance(how, list) else curve(how, seed))
-        ]
-        # Jobs run side by side, so their rows are interleaved.
-        for row in sorted(rows, key=lambda row: (row["steps"], row["seed"])):
-            runs.append_jsonl(folder / "scores.jsonl", row)
-        for row in failures:
-            runs.append_jsonl(folder / "failures.jsonl", row)
-        if finished:
-            run.finish()
-        return folder
-
-    return make
-
-
-INF = math.inf
-SCRATCH = {0: 100_000, 1: 110_000, 2: 90_000, 3: 100_000, 4: 110_000}
-FROZEN = {0: 50_000, 1: 40_000, 2: 60_000, 3: 50_000, 4: 40_000}
-NEVER = dict.fromkeys(range(5), INF)
+    return lambda arms, name="finetune", **options: write_run(tmp_path / name, arms, **options)
 
 
 def arm(summary, name):
@@ -213,7 +144,7 @@ def test_failed_and_unfinished_runs_are_listed_and_not_counted(make_run, capsys)
     text = (folder / "report.md").read_text()
     assert "**Not finished.**" in text
     assert "8 of 10 runs" in text
-    assert f"- {ENV}, `frozen`, seed 4: ValueError: loss is NaN \\| step 3" in text
+    assert f"- {ENV}, `frozen`, seed 4: ValueError: loss is NaN | step 3" in text
     every_run = text.split("## Every run")[1].split("##")[0]
     assert sum(line.startswith(f"| {ENV}") for line in every_run.splitlines()) == 10
     assert "1 failed and 1 unfinished of 10 runs" in " ".join(capsys.readouterr().out.split())
@@ -283,7 +214,7 @@ def test_several_tasks_are_pooled_as_shares_of_their_budgets(make_run, tmp_path)
     assert arm(summary, "frozen").steps.point == pytest.approx((40 + 40 + 50 * 4) / 6 / 120)
     assert arm(summary, "frozen").speed_up.low > 1
     assert "of the rewarded steps" in summary.answer
-    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["curves.png", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["curves.png", "report.html", "report.md"]
     assert "## All 2 tasks" in (tmp_path / "both" / "report.md").read_text()
     assert not (folders[0] / "report.md").exists()
 
@@ -303,7 +234,7 @@ def test_the_report_holds_what_it_promises(make_run, capsys, monkeypatch):
     record = json.loads((folder / "run.json").read_text())
     for part in (
         summary.answer,
-        "![Learning curves](curves.png)",
+        "](curves.png)",
         "300,000 environment steps without reward and 35 s of pre-training",
         record["provenance"]["command"],
         f"torch {record['provenance']['versions']['torch']}",
