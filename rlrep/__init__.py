@@ -7,14 +7,17 @@ from importlib.metadata import version as _version
 
 from rlrep_envs import EnvSpec, make_env, make_vec_env
 
+from rlrep.belief import BeliefPolicy
 from rlrep.collect import collect
 from rlrep.dataset import Dataset, DatasetWriter
-from rlrep.encoders import Encoder, load_encoder, make_encoder
+from rlrep.encoders import Encoder, load_belief, load_encoder, make_encoder
+from rlrep.evaluate.dreams import dream
 from rlrep.evaluate.memory import probe_memory
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import compare, report
 from rlrep.explore import Bonus
 from rlrep.finetune import finetune
+from rlrep.imagination import DreamVecEnv, fit_reward
 from rlrep.latent import LatentVecEnv
 from rlrep.objectives import Objective, make_objective
 from rlrep.pretrain import pretrain
@@ -26,9 +29,11 @@ __version__ = _version("rlrep")
 
 __all__ = [
     "Batch",
+    "BeliefPolicy",
     "Bonus",
     "Dataset",
     "DatasetWriter",
+    "DreamVecEnv",
     "Encoder",
     "EnvSpec",
     "Episode",
@@ -38,7 +43,10 @@ __all__ = [
     "Transition",
     "collect",
     "compare",
+    "dream",
     "finetune",
+    "fit_reward",
+    "load_belief",
     "load_encoder",
     "load_recipe",
     "make_encoder",

@@ -20,6 +20,7 @@ from rlrep.dataset import Dataset, verify
 from rlrep.encoders import encoders
 from rlrep.encoders.base import AUTO
 from rlrep.evaluate import exploration
+from rlrep.evaluate.dreams import dream
 from rlrep.evaluate.memory import MemoryProbe, probe_memory
 from rlrep.evaluate.probes import Probes, probe
 from rlrep.evaluate.report import compare, report
@@ -27,7 +28,7 @@ from rlrep.explore import explorers
 from rlrep.finetune import finetune
 from rlrep.objectives import objectives
 from rlrep.pretrain import pretrain
-from rlrep.recipe import Collect, Finetune, Pretrain, Probe, Recipe, load_recipe, on_ray, run, sweep
+from rlrep.recipe import Collect, Dream, Finetune, Pretrain, Probe, Recipe, load_recipe, on_ray, run, sweep
 from rlrep.sb3 import PAPERS, algorithms
 from rlrep.settings import SettingsError, read_value
 from rlrep.storage import check_local
@@ -74,7 +75,7 @@ class PretrainCommand:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneCommand:
-    """Train policies with reward, with and without the encoder, and compare them."""
+    """Train policies with reward, with and without encoder or explorer, and compare them."""
 
     env: Positional[str]
     """Environment spec, such as MiniGrid-DoorKey-6x6-v0:obs=rgb."""
@@ -83,12 +84,21 @@ class FinetuneCommand:
     """Run folder. The same command runs the jobs that are missing."""
     encoder: str | None = None
     """Folder or URL of a pre-trained encoder, or of the run that trained it."""
+    explorer: Path | None = None
+    """Folder of a dataset that a bonus collected, or the zip of a policy, which is trusted: where warm starts begin."""
     overwrite: bool = False
     """Start again, throwing away what is in the folder."""
 
     def __call__(self) -> None:
         """Fine-tunes and reports."""
-        scores = finetune(self.env, encoder=self.encoder, out=self.out, overwrite=self.overwrite, **vars(self.settings))
+        scores = finetune(
+            self.env,
+            encoder=self.encoder,
+            explorer=self.explorer,
+            out=self.out,
+            overwrite=self.overwrite,
+            **vars(self.settings),
+        )
         report(scores)
 
 
@@ -136,6 +146,24 @@ class ProbeCommand:
         for line in wanting:
             print(line, file=sys.stderr)
         return 1 if wanting else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DreamCommand:
+    """Let a world model dream on from recorded data, and compare that with what happened: pictures and errors."""
+
+    encoder: Positional[str]
+    """Folder or URL of a world model, or of the run that trained it."""
+    data: Positional[tuple[str, ...]]
+    """Dataset folders or URLs, best those that it has not learnt from; several are read as one."""
+    settings: Annotated[Dream, Flat]
+    out: Path
+    """Folder for the animation, the film strips `strips.png`, `errors.png` and `dreams.json`."""
+
+    def __call__(self) -> None:
+        """Dreams, and prints the errors."""
+        _console().print(dream(self.encoder, self.data, out=self.out, **vars(self.settings)).table())
+        print(self.out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,6 +420,7 @@ def _commands(args: Sequence[str]) -> Any:
         Annotated[PretrainCommand, subcommand("pretrain")],
         Annotated[FinetuneCommand, subcommand("finetune")],
         Annotated[ProbeCommand, subcommand("probe")],
+        Annotated[DreamCommand, subcommand("dream")],
         Annotated[ReportCommand, subcommand("report")],
         Annotated[CompareCommand, subcommand("compare")],
         run_command,

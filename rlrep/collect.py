@@ -36,7 +36,7 @@ from tqdm import tqdm
 from rlrep import runs, spaces
 from rlrep.dataset import COMMIT, FORMAT_VERSION, META, PARTS, Dataset, DatasetWriter, check_ours
 from rlrep.distributed import local_device
-from rlrep.encoders import Encoder, load_encoder, make_encoder
+from rlrep.encoders import Encoder, RecurrentEncoder, load_encoder, make_encoder
 from rlrep.evaluate.coverage import Coverage
 from rlrep.explore import Actor, Bonus, Mixture, make_explorer
 from rlrep.explore.base import beside, sample_actions
@@ -122,7 +122,8 @@ def collect(
         seed: Of networks and actions; environment i has the seed `seed * n_envs + i`.
         episodic: Whether returns of a bonus stop where episodes do; see `IntrinsicReward` for why they do not.
         features: Pre-trained encoder, or its folder. The policy then sees its features, computed once a step, and so
-            does the bonus, unless it counts exact observations. Raw observations are recorded all the same.
+            does the bonus, unless it counts exact observations. Raw observations are recorded all the same. In the
+            folder of a run, that is the encoder of single observations; name its `belief` for one that remembers.
         encoder: Spec of the exploring policy's own network.
         algorithm: What learns from the bonus, by its name in SB3 or sb3-contrib. Off-policy ones learn from bonuses as
             they were when paid. A recurrent policy remembers across episodes unless `episodic`.
@@ -231,6 +232,10 @@ def _collect(
         shown = seen
         if frozen is not None:
             spaces.check_same(seen, frozen.observation_space, "the encoder for `features` was made for observations")
+            if isinstance(frozen, RecurrentEncoder):
+                spaces.check_same(
+                    venv.action_space, frozen.action_space, "the encoder for `features` was made for actions"
+                )
             shown = Box(-np.inf, np.inf, (frozen.features_dim,), np.float32)
         torch.manual_seed(first_seed)
         built = make_explorer(explorer, shown, venv.action_space, venv.num_envs)

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
+from gymnasium.spaces import Box, Space
 from rlrep_envs import EnvSpec, make_vec_env
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -18,23 +19,27 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from rlrep import runs, spaces
 from rlrep.augment import Augment
-from rlrep.encoders import Encoder, load_encoder, make_encoder
-from rlrep.evaluate.comparison import PRETRAINED
+from rlrep.encoders import Encoder, RecurrentEncoder, load_belief, load_encoder, make_encoder
+from rlrep.encoders.recurrent import BELIEF
+from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, WARM
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.latent import LatentVecEnv
 from rlrep.live import Watch
 from rlrep.registry import nearest
 from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs
 from rlrep.types import RunError
+from rlrep.warm import CriticFirst, Explorer, Start, check_explorer, load_explorer, warm_start
 
 SCORES, FAILURES = "scores.jsonl", "failures.jsonl"
 
-Kind = Literal["scratch", "random-frozen", "frozen", "finetune", "augment"]
+Kind = Literal[
+    "scratch", "random-frozen", "frozen", "belief", "finetune", "augment", "warm-actor", "warm-logits", "explorer"
+]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 DEFAULT_ARMS = ("scratch", "random-frozen", "frozen", "finetune")
-"""Those that any observation has; `augment` is for pictures."""
+"""Those that need one encoder at most; `augment` is for pictures, `belief` for memories, others for an explorer."""
 
 SEED_STRIDE = 10_000
 """Apart from one another: the environment seeds of two runs, and of training and evaluation."""
@@ -48,12 +53,21 @@ class Arm:
     untrained encoder; `frozen` on those of the pre-trained one, computed once a step; `finetune` trains the pre-trained
     encoder along, at `lr_scale` times the policy's rate; `augment` is `scratch` on pictures that are shifted at random
     by up to `shift` pixels in every update: what pre-training has to beat, and often does not (arXiv:2205.07886).
+
+    `belief` trains a policy on the features of the recurrent encoder that was pre-trained beside the other one: it
+    remembers the episode. `frozen` is the same without a memory.
+
+    The others need an explorer, and have its layers: `warm-actor` starts from a copy of its actor, with values anew;
+    `warm-logits` adds its frozen logits to those of a fresh policy (arXiv:2111.09119); in both, only values are learnt
+    in the first `critic_steps` rewarded steps, lest a fresh critic ruin the actor (arXiv:2301.07302). `explorer` is
+    that policy as it is, evaluated once and never trained with reward: what a warm start has to beat.
     """
 
     name: str
     kind: Kind
     lr_scale: float = 0.1
     shift: int = 4
+    critic_steps: int = 0
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Constructor arguments of the algorithm, over those all arms share."""
 
@@ -79,6 +93,11 @@ class Arm:
         """Whether it needs a pre-trained encoder."""
         return self.kind in PRETRAINED
 
+    @property
+    def explored(self) -> bool:
+        """Whether it needs an explorer."""
+        return self.kind in (*WARM, EXPLORER)
+
 
 def parse_arms(arms: Sequence[str | Mapping[str, Any]], algorithm: str, settings: Mapping[str, Any]) -> list[Arm]:
     """Reads arms, and checks whatever of them can be checked without environment and encoder.
@@ -98,6 +117,11 @@ def parse_arms(arms: Sequence[str | Mapping[str, Any]], algorithm: str, settings
     cls = get_algorithm(algorithm)
     for arm in parsed:
         check_settings(cls, {**settings, **arm.settings})
+        if arm.critic_steps < 0 or (arm.critic_steps and arm.kind not in WARM):
+            raise ValueError(
+                f"critic_steps={arm.critic_steps} of arm {arm.name!r}: it is 0 or more, and only arms that start "
+                f"from an explorer have it ({', '.join(WARM)})"
+            )
         if not arm.lr_scale > 0:
             raise ValueError(f"lr_scale={arm.lr_scale} of arm {arm.name!r} is not positive; 'frozen' does not learn")
     return parsed
@@ -108,6 +132,7 @@ def finetune(
     *,
     out: str | Path,
     encoder: str | Path | Encoder | None = None,
+    explorer: str | Path | None = None,
     arms: Sequence[str | Mapping[str, Any]] = DEFAULT_ARMS,
     seeds: Sequence[int] = (0, 1, 2),
     steps: int = 100_000,
@@ -131,7 +156,12 @@ def finetune(
         env: Environment spec.
         out: Run folder: `scores.jsonl` has a row an evaluation, `failures.jsonl` one a failed job, `tensorboard/` the
             same curves.
-        encoder: Pre-trained encoder, or its folder; without one only `scratch` and `random-frozen` can run.
+        encoder: Pre-trained encoder, or its folder; without one only `scratch` and `random-frozen` can run. `belief`
+            needs the folder of a run that trained a recurrent one too, or that recurrent encoder, whose encoder of
+            single observations then serves the other arms.
+        encoder: Pre-trained encoder, or its folder; `frozen` and `finetune` need one.
+        explorer: Folder of a dataset that a bonus collected, or the zip of a policy, which is trusted; `warm-actor`,
+            `warm-logits` and `explorer` need one. One that saw an encoder's features needs that encoder too.
         arms: Names or mappings, see `Arm`.
         seeds: One run of each arm a seed.
         steps: Rewarded environment steps of each run.
@@ -152,11 +182,13 @@ def finetune(
         The run folder, for `rlrep.report`.
 
     Raises:
-        SpaceError: The encoder was made for other observations.
-        RunError: `out` is taken by something else, or every job failed.
+        SpaceError: The encoder or the explorer was made for other observations, or the explorer for other actions.
+        RlrepError: The explorer's policy is not one that others can start from.
+        RunError: `out` is taken by something else, there is no explorer's policy, or every job failed.
+        SpecError: The encoder of `belief` has no memory.
         ClusterError: The Ray cluster cannot be reached.
-        ValueError: Unknown arm, algorithm or setting, a number out of range, a frozen arm without an encoder, or
-            `augment` without pictures.
+        ValueError: Unknown arm, algorithm or setting, a number out of range, an arm without the encoder or the
+            explorer that it needs, or `augment` without pictures.
     """
     spec = EnvSpec.parse(env)
     parsed = parse_arms(arms, algorithm, settings or {})
@@ -167,9 +199,20 @@ def finetune(
         if count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
     pretrained = load_encoder(encoder) if encoder is not None else None
+    belief = None
+    if isinstance(pretrained, RecurrentEncoder):
+        belief, pretrained = pretrained, pretrained.encoder
+        pretrained.provenance = belief.provenance
+    elif encoder is not None and any(arm.kind == BELIEF for arm in parsed):
+        belief = load_belief(encoder)
     if needy := [arm.name for arm in parsed if arm.pretrained and pretrained is None]:
         raise ValueError(f"arm {needy[0]!r} needs a pre-trained encoder; pass one, or leave the arm out")
-    space = _observation_space(spec)
+    explored = load_explorer(explorer) if explorer is not None else None
+    if needy := [arm.name for arm in parsed if arm.explored and explored is None]:
+        raise ValueError(
+            f"arm {needy[0]!r} needs an explorer; pass the folder that it collected or its zip, or leave the arm out"
+        )
+    space, action_space = _spaces(spec)
     for arm in parsed:
         if arm.kind == "augment" and not Augment(space, arm.shift).active:
             raise ValueError(
@@ -178,6 +221,15 @@ def finetune(
             )
     if pretrained is not None:
         spaces.check_same(space, pretrained.observation_space, "this encoder was made for observations")
+    if belief is not None:
+        spaces.check_same(action_space, belief.action_space, "this encoder was made for actions")
+    network, acted_on = None, None
+    if explored is not None:
+        starts = {arm.name: cast(Start, arm.kind) for arm in parsed if arm.kind in WARM}
+        asked = {arm.name: {**(settings or {}), **arm.settings}.get("policy_kwargs") or {} for arm in parsed}
+        acted_on = _acted_on(explored, pretrained, belief)
+        seen = space if acted_on is None else Box(-np.inf, np.inf, (acted_on.features_dim,), np.float32)
+        network = check_explorer(explored, starts, algorithm, asked, seen, action_space)
     record = {
         "env": str(spec),
         "algorithm": algorithm,
@@ -191,23 +243,36 @@ def finetune(
         "eval_episodes": eval_episodes,
         "deterministic": deterministic,
         "encoder": _describe(pretrained),
+        "belief": _describe(belief),
+        "explorer": None if explored is None else explored.record,
     }
     with runs.lock(Path(out)):
         run = runs.RunFolder(out, "finetune", record, overwrite=overwrite)
         if run.finished:
             return run.path
-        # The untrained arms have the same architecture as the pre-trained one.
-        untrained = pretrained or make_encoder("auto", space)
+        # The untrained arms have the same architecture as the others.
+        untrained = pretrained or network or make_encoder("auto", space)
         if pretrained is not None:
             # A copy makes the run whole: what was fine-tuned can be looked at later.
             runs.write_atomically(run.path / "encoder", pretrained.save_pretrained)
+        if belief is not None:
+            runs.write_atomically(run.path / "belief", belief.save_pretrained)
+        if explored is not None:
+            runs.write_atomically(run.path / "explorer.zip", lambda path: path.write_bytes(explored.content))
+
+        def encoder_of(arm: Arm) -> Encoder | None:
+            if arm.explored:
+                return acted_on
+            return belief if arm.kind == BELIEF else pretrained if arm.pretrained else untrained
+
         jobs = [
             {
                 **record,
                 "device": device,
                 "arm": arm,
                 "seed": seed,
-                "encoder": pretrained if arm.pretrained else untrained,
+                "encoder": encoder_of(arm),
+                "explorer": explored if arm.explored else None,
             }
             for seed in seeds
             for arm in parsed
@@ -268,10 +333,14 @@ def _run_job(job: Mapping[str, Any], send: Send) -> None:
     model, evaluation = _build(arm, job, first_seed)
     callback = _Evaluate(job, evaluation, first_seed + SEED_STRIDE, send)
     try:
-        model.learn(job["steps"], callback=callback)
+        if arm.kind == EXPLORER:
+            callback.init_callback(model)
+        else:
+            callbacks: list[BaseCallback] = [CriticFirst(arm.critic_steps)] if arm.kind in WARM else []
+            model.learn(job["steps"], callback=[*callbacks, callback])
+        callback.score(last=True)
     finally:
         evaluation.close()
-    callback.score(last=True)
 
 
 def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgorithm, VecEnv]:
@@ -281,12 +350,33 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
         job["env"], min(job["n_envs"], job["eval_episodes"]), first_seed + SEED_STRIDE, factors=False
     )
     encoder: Encoder = job["encoder"]
-    if not arm.pretrained:
+    if not (arm.pretrained or arm.explored):
         torch.manual_seed(job["seed"])
         encoder = make_encoder({"name": encoder.name, **encoder.config["options"]}, encoder.observation_space)
     settings = {**job["settings"], **arm.settings}
     extra = settings.pop("policy_kwargs", {})
-    if arm.kind in ("frozen", "random-frozen"):
+    if arm.explored:
+        explorer: Explorer = job["explorer"]
+        if explorer.features is not None:
+            env, evaluation = (LatentVecEnv(each, encoder, device=job["device"]) for each in (env, evaluation))
+        if arm.kind == EXPLORER:
+            env.close()
+            model = explorer.load(job["device"])
+            model.set_random_seed(job["seed"])
+            return model, evaluation
+        start = cast(Start, arm.kind)
+        model = warm_start(
+            start,
+            explorer,
+            job["algorithm"],
+            env,
+            policy_kwargs=extra,
+            seed=job["seed"],
+            device=job["device"],
+            settings=settings,
+        )
+        return model, evaluation
+    if arm.kind in ("frozen", "random-frozen", BELIEF):
         env, evaluation = (LatentVecEnv(each, encoder, device=job["device"]) for each in (env, evaluation))
         policy = "MlpPolicy"
     else:
@@ -344,11 +434,26 @@ class _Evaluate(BaseCallback):
         self.evaluating += time.perf_counter() - began
 
 
-def _observation_space(spec: EnvSpec) -> Any:
-    """What `make_vec_env` will give, frame stack included."""
+def _spaces(spec: EnvSpec) -> tuple[Space, Space]:
+    """The spaces of what `make_vec_env` will give, frame stack included."""
     env = make_vec_env(spec)
     env.close()
-    return env.observation_space
+    return env.observation_space, env.action_space
+
+
+def _acted_on(explorer: Explorer, *encoders: Encoder | None) -> Encoder | None:
+    """Returns which of the encoders' features an explorer acts on, None if on raw observations."""
+    if explorer.features is None:
+        return None
+    name, digest = explorer.features["name"], explorer.features["digest"]
+    given = [encoder for encoder in encoders if encoder is not None]
+    for encoder in given:
+        if encoder.digest() == digest:
+            return encoder
+    raise ValueError(
+        f"explorer {explorer.record['name']!r} acts on the features of encoder {name!r} with digest {digest[:12]}, "
+        f"and there is {'another' if given else 'none'}: pass the one that it explored with as the encoder"
+    )
 
 
 def _describe(encoder: Encoder | None) -> dict[str, Any] | None:

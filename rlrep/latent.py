@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from rlrep import spaces
-from rlrep.encoders import Encoder, load_encoder
+from rlrep.encoders import Encoder, RecurrentEncoder, State, load_encoder
 from rlrep.sb3 import reordering
 from rlrep.types import SpaceError, Tree, tree_map
 
@@ -27,14 +28,19 @@ class LatentVecEnv(VecEnvWrapper):
     Features are remembered by the exact bytes of the observation, which pays where few are distinct, as in MiniGrid;
     where they hardly ever come again, remembering stops by itself.
 
+    A recurrent encoder gives a policy without memory the features of all that was seen in the episode: each environment
+    has a state, which is told the action that was taken, and starts anew where an episode does. An episode's last
+    observation is encoded with the state it led to, before that.
+
     Args:
         venv: Environments with raw observations. To normalise rewards or features, put `VecNormalize` around this.
         encoder: An encoder, its folder, or the folder of a pre-training run.
-        memory: Bytes of remembered features at most; 0 remembers none.
+        memory: Bytes of remembered features at most; 0 remembers none, nor does a recurrent encoder, whose features are
+            not of the observation alone.
         device: Where the encoder computes, named as in SB3.
 
     Raises:
-        SpaceError: The encoder was made for other observations.
+        SpaceError: The encoder was made for other observations or, if it is recurrent, for other actions.
         RunError: There is no encoder there.
     """
 
@@ -63,28 +69,72 @@ class LatentVecEnv(VecEnvWrapper):
                 "buffers: put it around the features, VecNormalize(LatentVecEnv(venv, encoder), norm_obs=False)"
             )
         self._reorder = reordering(venv.observation_space, encoder.observation_space)
+        if encoder.recurrent:
+            actions = cast(RecurrentEncoder, encoder).action_space
+            spaces.check_same(venv.action_space, actions, "this encoder was made for actions")
         self.encoder = copy.deepcopy(encoder).to(get_device(device)).eval().requires_grad_(False)
         features = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
         super().__init__(venv, observation_space=features)
-        self._memory = _Memory(encoder.features_dim, memory) if memory else None
+        remembers = memory and not encoder.recurrent
+        self._memory = _Memory(encoder.features_dim, memory) if remembers else None
+        self._state: State = None
 
     def reset(self) -> VecEnvObs:
         """Resets every environment and encodes the first observations."""
-        return self._features(self.venv.reset())
+        obs = self.venv.reset()
+        if not self.encoder.recurrent:
+            return self._features(obs)
+        self._actions = cast(np.ndarray, spaces.zeros(self.action_space, (self.num_envs,)))
+        self._state = self.encoder.initial(self.num_envs)
+        return self._believe(obs, np.ones(self.num_envs, bool), [])
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Notes the actions, and passes them on."""
+        self._actions = np.asarray(actions)
+        self.venv.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
         """Encodes the observations of a step, and the terminal ones in `infos`, as one batch."""
         obs, rewards, dones, infos = self.venv.step_wait()
-        ended = [i for i in np.flatnonzero(dones) if "terminal_observation" in infos[i]]
+        # An episode can have ended though `dones` do not say so: `IntrinsicReward` hides it from the learner.
+        ended = [i for i, info in enumerate(infos) if "terminal_observation" in info]
         if ended:
             last = [infos[i]["terminal_observation"] for i in ended]
             obs = tree_map(lambda x, *ends: np.concatenate([x, np.stack(ends)]), obs, *last)
-        features = self._features(obs)
+        if self.encoder.recurrent:
+            first = dones.copy()
+            first[ended] = True
+            features = self._believe(obs, first, ended)
+        else:
+            features = self._features(obs)
         # Copies: the environments' own infos keep the raw observation.
         infos = list(infos)
         for i, row in zip(ended, features[self.num_envs :], strict=True):
             infos[i] = {**infos[i], "terminal_observation": row}
         return features[: self.num_envs], rewards, dones, infos
+
+    def _believe(self, obs: Tree, first: np.ndarray, ended: list[int]) -> np.ndarray:
+        """Steps the states.
+
+        Args:
+            obs: (N + E, *obs_shape): what each environment shows, and the last observations of those that ended.
+            first: (N,) bool: an episode begins.
+            ended: Which E environments ended an episode.
+
+        Returns:
+            (N + E, D). The last ones come of the states from before the reset, and leave none behind.
+        """
+        rows = [*range(self.num_envs), *ended]
+        first = np.concatenate([first, np.zeros(len(ended), bool)])
+        with torch.inference_mode():
+            features, state = self.encoder.step(
+                self._raw(obs),
+                torch.as_tensor(self._actions[rows]).to(self.encoder.device),
+                torch.as_tensor(first).to(self.encoder.device),
+                tree_map(lambda x: x[rows], self._state),
+            )
+            self._state = tree_map(lambda x: x[: self.num_envs], state)
+            return features.float().cpu().numpy()
 
     def _features(self, obs: Tree) -> np.ndarray:
         """(M, *obs_shape) -> (M, D)."""
@@ -99,10 +149,13 @@ class LatentVecEnv(VecEnvWrapper):
         return features
 
     def _encode(self, obs: Tree) -> np.ndarray:
-        device = self.encoder.device
         with torch.inference_mode():
-            raw = tree_map(lambda reorder, x: reorder(torch.as_tensor(x).to(device)), self._reorder, obs)
-            return self.encoder(raw).float().cpu().numpy()
+            return self.encoder(self._raw(obs)).float().cpu().numpy()
+
+    def _raw(self, obs: Tree) -> Tree:
+        """Returns observations as tensors with the axes that the encoder knows."""
+        device = self.encoder.device
+        return tree_map(lambda reorder, x: reorder(torch.as_tensor(x).to(device)), self._reorder, obs)
 
 
 class _Memory:

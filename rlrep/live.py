@@ -79,7 +79,13 @@ class Watch:
             shutil.rmtree(self._place(key), ignore_errors=True)
         known.append(row)
         self._write(key, row)
-        done = sum(min(rows[-1]["steps"], self.steps) for rows in self._runs.values() if rows)
+        # An explorer that is evaluated only is finished without a step.
+        finished = {key: bool(rows and rows[-1].get("last")) for key, rows in self._runs.items()}
+        done = sum(
+            self.steps if finished[key] else min(rows[-1]["steps"], self.steps)
+            for key, rows in self._runs.items()
+            if rows
+        )
         self._bar.update(done - self._bar.n)
         self._progress.update(self._task, completed=done)
 

@@ -19,20 +19,26 @@ from tqdm import tqdm
 from rlrep import runs
 from rlrep.collect import collect
 from rlrep.encoders import Encoder
+from rlrep.encoders.recurrent import BELIEF
+from rlrep.evaluate.dreams import dream
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import report
 from rlrep.evaluate.summary import Summary
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.finetune import finetune, parse_arms
+from rlrep.objectives import Objective, objectives
 from rlrep.pretrain import pretrain
+from rlrep.registry import split_spec
 from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml, settings_of
 from rlrep.types import RunError
+from rlrep.warm import load_explorer
 
 RECIPE, LOG = "recipe.yaml", "log.txt"
 
 # A stage's settings are the keywords of its function: stated there, once.
 if TYPE_CHECKING:
     from typing import Any as Collect
+    from typing import Any as Dream
     from typing import Any as Finetune
     from typing import Any as Pretrain
     from typing import Any as Probe
@@ -40,7 +46,8 @@ else:
     Collect = settings_of(collect, omit=("env", "out", "overwrite"), name="Collect")
     Pretrain = settings_of(pretrain, omit=("data", "out", "overwrite"), name="Pretrain")
     Probe = settings_of(probe, omit=("encoder", "data"), name="Probe")
-    Finetune = settings_of(finetune, omit=("env", "encoder", "out", "overwrite"), name="Finetune")
+    Dream = settings_of(dream, omit=("encoder", "data", "out"), name="Dream")
+    Finetune = settings_of(finetune, omit=("env", "encoder", "explorer", "out", "overwrite"), name="Finetune")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Recipe:
     pretrain: Pretrain = dataclasses.field(default_factory=Pretrain)
     """Learning an encoder from what was collected."""
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
-    """Policies trained with reward, on that encoder and without it."""
+    """Policies trained with reward, on that encoder and without it, or started from what explored."""
     rounds: int = 1
     """How often to collect and pre-train. After the first time, exploration is in the features of the last encoder, and
     the next encoder learns from all data so far."""
@@ -90,10 +97,26 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
 
     Returns:
         The report's summary.
+
+    Raises:
+        SettingsError: Policies are to start from an explorer, and there are several.
+        RunError: They are to, and what explored learnt nothing.
     """
     out = Path(out)
     # A wrong arm would else be found after hours of collecting and pre-training.
-    parse_arms(recipe.finetune.arms, recipe.finetune.algorithm, recipe.finetune.settings or {})
+    arms = parse_arms(recipe.finetune.arms, recipe.finetune.algorithm, recipe.finetune.settings or {})
+    if any(arm.kind == BELIEF for arm in arms) and not _trains_a_memory(recipe.pretrain.objectives):
+        raise SettingsError(
+            f"arm {BELIEF!r} needs an encoder with a memory, and {recipe.pretrain.objectives} train none: add 'gru' or "
+            "'rssm' to the objectives, or leave the arm out"
+        )
+    warm = [arm.name for arm in arms if arm.explored]
+    for name, number in {"rounds": recipe.rounds, "collect.n_workers": recipe.collect.n_workers}.items():
+        if warm and number > 1:
+            raise SettingsError(
+                f"arm {warm[0]!r} starts from the explorer of this recipe, and with {name}: {number} there are as "
+                "many; make it 1, or leave the arm out"
+            )
     folders = [] if data is None else [Path(data)]
     encoder: Encoder | None = None
     for i in range(1, recipe.rounds + 1):
@@ -105,14 +128,30 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
             # The same environments again would show the same again.
             options["seed"] += i - 1
             collect(recipe.env, out=folders[-1], overwrite=overwrite, **options)
+        if warm:
+            load_explorer(folders[0])
         trained = out / f"pretrain{suffix}"
         print(f"[2/4] pretrain: {', '.join(map(str, recipe.pretrain.objectives))} -> {trained}")
         encoder = pretrain(folders, out=trained, overwrite=overwrite, **vars(recipe.pretrain))
     n_runs = len(recipe.finetune.arms) * len(recipe.finetune.seeds)
     print(f"[3/4] finetune: {n_runs} runs of {recipe.finetune.steps:,} steps with reward -> {out / 'finetune'}")
-    scores = finetune(recipe.env, encoder=encoder, out=out / "finetune", overwrite=overwrite, **vars(recipe.finetune))
+    scores = finetune(
+        recipe.env,
+        encoder=trained,
+        explorer=folders[0] if warm else None,
+        out=out / "finetune",
+        overwrite=overwrite,
+        **vars(recipe.finetune),
+    )
     print(f"[4/4] report -> {out / 'report.html'}")
     return report(scores, out=out, stages=folders)
+
+
+def _trains_a_memory(specs: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]) -> bool:
+    """Whether one of these objectives has a recurrent encoder to save."""
+    several = [specs] if isinstance(specs, str | Mapping) else specs
+    names = [split_spec(spec)[0] if isinstance(spec, str) else spec["name"] for spec in several]
+    return any(objectives.get(name).exports is not Objective.exports for name in names)
 
 
 def on_ray(recipe: Recipe, ray: str | None) -> Recipe:
@@ -142,7 +181,8 @@ def sweep(
         out: Folder of them all, and of their report.
         n_workers: Combinations side by side, one core each; all cores unless given, and what is over trains policies.
         ray: Where they run: `local` or the address of a Ray cluster whose nodes have rlrep installed and share the file
-            system that `out` lies on; on this machine, without Ray, unless given.
+            system that `out` lies on; on this machine, without Ray, unless given. There each trains its policies one
+            after the other.
         overwrite: Do every stage again.
 
     Returns:
@@ -163,7 +203,8 @@ def sweep(
         print(f"collect: {recipe.collect.steps:,} steps of {recipe.env} without reward -> {data}")
         collect(recipe.env, out=data, overwrite=overwrite, **vars(on_ray(recipe, ray).collect))
     cores = n_workers or len(os.sched_getaffinity(0))
-    inner = {"finetune.ray": ray, "finetune.n_workers": None if ray else max(1, cores // len(named))}
+    # A recipe holds a core of the cluster: if its policies waited there for cores of their own, all could wait forever.
+    inner = {"finetune.ray": None, "finetune.n_workers": 1 if ray else max(1, cores // len(named))}
     for name, each in named.items():
         runs.write_atomically(out / name / RECIPE, functools.partial(Path.write_text, data=dump_yaml(each)))
     jobs = [{"out": out / name, "inner": inner, "data": data, "overwrite": overwrite} for name in named]

@@ -183,7 +183,8 @@ def policy_kwargs(
     Raises:
         SpecError: There is no such algorithm.
         RunError: There is no encoder there.
-        ValueError: An unknown mode, a rate that makes no sense, or an extra setting that would undo the pre-training.
+        ValueError: An unknown mode, a rate that makes no sense, an extra setting that would undo the pre-training, or a
+            recurrent encoder.
     """
     cls = get_algorithm(algorithm)
     if mode not in get_args(Mode):
@@ -205,6 +206,11 @@ def policy_kwargs(
     if mode == "finetune" and lr_scale != 1:
         extra = {**extra, **_scaled_optimizer(cls, extra)}
     encoder = load_encoder(encoder)
+    if encoder.recurrent:
+        raise ValueError(
+            f"encoder {encoder.name!r} has a memory, and inside a policy SB3 shows it single observations in random "
+            "order: have its features around the environments, PPO('MlpPolicy', rlrep.LatentVecEnv(env, encoder))"
+        )
     tensors = {name: tensor.cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     kwargs: dict[str, Any] = {"config": encoder.config}
     if mode != "scratch":

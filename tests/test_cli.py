@@ -132,6 +132,7 @@ def test_help_is_worth_reading(command: str) -> None:
         (["pretrain", "nowhere", "--out", "x"], "nowhere"),
         (["finetune", SPEC, "--encoder", "nowhere", "--out", "x"], "nowhere"),
         (["probe", "nowhere", "data"], "nowhere"),
+        (["dream", "nowhere", "data", "--out", "x"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["run", "nowhere"], "no recipe"),
         (["run", "--overwrite", "nowhere"], "name the recipe first"),

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from gymnasium import spaces
 from rlrep_envs import make_vec_env
 
-from rlrep.encoders import Encoder, make_encoder
+from rlrep.encoders import Encoder, load_belief, load_encoder, make_encoder
 from rlrep.finetune import DEFAULT_ARMS, FAILURES, SCORES, Arm, finetune
+from rlrep.registry import SpecError
 from rlrep.runs import read_json, read_jsonl
 from rlrep.types import RunError, SpaceError
 
@@ -53,6 +55,30 @@ def test_every_arm_is_trained_and_scored(encoder: Encoder, tmp_path: Path) -> No
     assert read_jsonl(out / SCORES) == rows
     with pytest.raises(RunError, match="steps is 256, asked for 512"):
         finetune(SPEC, encoder=encoder, out=tmp_path / "run", seeds=(3,), **{**SMALL, "steps": 512})
+
+
+def test_a_memory_is_an_arm(tmp_path: Path) -> None:
+    space, action_space = (getattr(make_vec_env(SPEC), name) for name in ("observation_space", "action_space"))
+    torch.manual_seed(0)
+    belief = make_encoder("recurrent:encoder=grid,width=8", space, action_space)
+    belief.provenance = belief.encoder.provenance = {"reward_free_steps": 77}  # type: ignore[union-attr]
+    belief.encoder.save_pretrained(tmp_path / "pretrain" / "encoder")  # type: ignore[operator]
+    arms = ["belief"]
+    with pytest.raises(SpecError, match="has no memory"):
+        finetune(SPEC, encoder=tmp_path / "pretrain", arms=arms, out=tmp_path / "run", seeds=(0,), **SMALL)
+    belief.save_pretrained(tmp_path / "pretrain" / "belief")
+    other = make_encoder("recurrent:encoder=grid,width=8", space, spaces.Discrete(9))
+    with pytest.raises(SpaceError, match="made for actions"):
+        finetune(SPEC, encoder=other, arms=arms, out=tmp_path / "run", **SMALL)
+    assert not (tmp_path / "run").exists()
+    out = finetune(SPEC, encoder=tmp_path / "pretrain", arms=arms, out=tmp_path / "run", seeds=(0,), **SMALL)
+    assert [row["arm"] for row in read_jsonl(out / SCORES) if row["last"]] == ["belief"]
+    settings = read_json(out / "run.json")["settings"]
+    assert settings["belief"]["digest"] == belief.digest() == load_belief(out).digest()
+    assert settings["encoder"]["digest"] == load_encoder(out).digest()
+    assert settings["encoder"]["reward_free_steps"] == settings["belief"]["reward_free_steps"] == 77
+    # The encoder with a memory has the other one in it: handed in by itself it asks for the same.
+    assert finetune(SPEC, encoder=belief, arms=arms, out=tmp_path / "run", seeds=(0,), **SMALL) == out
 
 
 def test_the_augmented_control_needs_pictures_and_runs_on_them(tmp_path: Path) -> None:

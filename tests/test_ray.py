@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from test_workers import SPEC, collect_with_a_kill
 
 import rlrep
 from rlrep import fanout
 from rlrep.fanout import JobFailure, map_jobs
+from rlrep.recipe import load_recipe, sweep
 from rlrep.runs import read_jsonl
 from rlrep.types import ClusterError
 
@@ -101,6 +103,34 @@ def test_scores_come_home(cluster: str, tmp_path: Path) -> None:
     settings = {"n_steps": 16, "batch_size": 16, "n_epochs": 1}
     out = rlrep.finetune(SPEC, out=tmp_path / "run", arms=["scratch"], settings=settings, ray=cluster, **small)
     assert [(row["steps"], row["last"]) for row in read_jsonl(out / "scores.jsonl")] == [(32, False), (64, True)]
+
+
+TINY = {
+    "env": SPEC,
+    "collect": {"steps": 200, "n_envs": 4},
+    "pretrain": {"updates": 4, "batch_size": 16, "log_every": 2, "encoder": "mlp:features_dim=16"},
+    "finetune": {
+        "arms": ["frozen"],
+        "seeds": [0, 1],
+        "steps": 64,
+        "n_envs": 2,
+        "eval_every": 64,
+        "eval_episodes": 1,
+        "settings": {"n_steps": 16, "batch_size": 16, "n_epochs": 1},
+    },
+}
+
+
+def test_a_sweep_of_as_many_recipes_as_cores(cluster: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TINY))
+    # As many recipes as cores: each waits for policies that need a core as well.
+    summary = sweep(
+        load_recipe(tmp_path), {"pretrain.objectives": [["ae"], ["inverse"]]}, tmp_path / "out", ray=cluster
+    )
+    assert len(summary.runs) == 4
+    for name in ("ae", "inverse"):
+        rows = read_jsonl(tmp_path / "out" / f"pretrain.objectives={name}" / "finetune" / "scores.jsonl")
+        assert sorted(row["seed"] for row in rows if row["last"]) == [0, 1]
 
 
 @pytest.mark.parametrize(

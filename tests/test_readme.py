@@ -26,6 +26,7 @@ SMALLER = {
     r"steps=100_000": "steps=1024",
     r"learn\(100_000\)": "learn(2048)",
     r"out=\"doorkey/encoder\"": 'out="doorkey/encoder", updates=10, batch_size=8',
+    r"out=\"doorkey/memory\"": 'out="doorkey/memory", updates=2, batch_size=4',
     r"--steps 100000": "--steps 1024",
     r"--out (doorkey/encoder\S*)": r"--out \1 --updates 10 --batch-size 8",
     r"--seeds 0 1 2": "--seeds 0 --arms frozen --steps 64 --n-envs 2 --eval-every 64 --eval-episodes 1 "

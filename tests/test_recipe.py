@@ -8,7 +8,7 @@ import pytest
 
 from rlrep import cli, runs
 from rlrep.encoders import load_encoder
-from rlrep.recipe import Recipe, _name, load_recipe, on_ray, run
+from rlrep.recipe import Recipe, _name, _trains_a_memory, load_recipe, on_ray, run
 from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +98,15 @@ def test_mistakes_name_file_line_and_nearest_key(folder: Path, old: str, new: st
     (folder / "recipe.yaml").write_text(TINY.replace(old, new))
     with pytest.raises(SettingsError, match=rf"recipe.yaml, {message}"):
         load_recipe(folder)
+
+
+def test_an_arm_that_remembers_needs_an_objective_that_trains_a_memory(folder: Path) -> None:
+    recipe = load_recipe(folder)
+    with pytest.raises(SettingsError, match="add 'gru' or 'rssm'"):
+        run(changed(recipe, {"finetune.arms": ["belief"]}), folder / "out")
+    assert not (folder / "out").exists()
+    assert _trains_a_memory(["ae:width=8", "gru:weight=0.5"])
+    assert _trains_a_memory({"name": "rssm"})
 
 
 def test_no_recipe(tmp_path: Path) -> None:

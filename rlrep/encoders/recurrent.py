@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlrep import spaces
-from rlrep.encoders.base import Encoder, State, encoders, make_encoder
+from rlrep.encoders.base import CONFIG, HUB, Encoder, State, encoders, load_encoder, make_encoder
 from rlrep.registry import SpecError
+from rlrep.storage import Url, locate
 from rlrep.types import SpaceError, Tree, tree_map
+
+BELIEF = "belief"
+"""The folder of a pre-training run with the recurrent encoder, beside that of one observation."""
 
 
 class RecurrentEncoder(Encoder):
@@ -218,3 +224,24 @@ class Recurrent(RecurrentEncoder):
         """(N, T, ...) inputs, (N, width) before them -> (N, T, width), in single precision: small updates add up."""
         with torch.autocast(inputs.device.type, enabled=False):
             return self.gru(inputs.float(), memory.float()[None].contiguous())[0]
+
+
+def load_belief(encoder: str | Path | Url | Encoder) -> RecurrentEncoder:
+    """Returns a recurrent encoder: from the `belief/` of a pre-training run, as `load_encoder` finds it, or as it is.
+
+    Raises:
+        RunError: There is no encoder there, or its files are damaged.
+        SpecError: It has no memory.
+    """
+    if not isinstance(encoder, Encoder) and not str(encoder).startswith(HUB):
+        # Where the place itself cannot be read, `load_encoder` says so.
+        with contextlib.suppress(OSError):
+            if ((place := locate(encoder)) / BELIEF / CONFIG).is_file():
+                encoder = place / BELIEF
+    found = load_encoder(encoder)
+    if not isinstance(found, RecurrentEncoder):
+        raise SpecError(
+            f"encoder {found.name!r} has no memory, and one is needed that has: name the folder {BELIEF}/ of a "
+            "pre-training with the objective 'rssm' or 'gru', or that run"
+        )
+    return found

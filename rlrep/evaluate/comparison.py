@@ -32,8 +32,11 @@ from rlrep.types import RunError
 BASELINE, CONTROL = "scratch", "random-frozen"
 """The kinds of arm that the others are measured against."""
 
-PRETRAINED = ("frozen", "finetune")
+PRETRAINED = ("frozen", "finetune", "belief")
 """The kinds of arm with a pre-trained encoder; `augment`, for one, is another way of training from scratch."""
+
+WARM, EXPLORER = ("warm-actor", "warm-logits"), "explorer"
+"""The kinds of arm that start from an explorer's policy, and the one that is that policy, never trained with reward."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Run:
     seconds: float
     """Wall-clock time spent training."""
     reward_free_steps: int
-    """Environment steps without reward that its encoder was trained on before."""
+    """Environment steps without reward that its encoder or its explorer took before."""
 
     @property
     def solved(self) -> bool:
@@ -82,7 +85,7 @@ class ArmSummary:
     speed_up_charged: Ratio | None
     """The same with the reward-free steps added to every run of a pre-trained arm."""
     speed_up_over_control: Ratio | None
-    """Over the untrained encoder, in rewarded steps."""
+    """Of an arm with a pre-trained encoder, over the untrained one, in rewarded steps."""
     sooner: Interval | None
     """Probability that a run reaches the threshold before one of the baseline."""
 
@@ -98,8 +101,8 @@ class ArmSummary:
 
     @property
     def pretrained(self) -> bool:
-        """Whether it builds on a pre-trained encoder."""
-        return self.kind in PRETRAINED
+        """Whether it learns with reward on what was learnt without: an encoder, or an explorer's policy."""
+        return self.kind in (*PRETRAINED, *WARM)
 
     @property
     def seconds(self) -> float:
@@ -127,9 +130,24 @@ class Task:
         return self.settings.get("encoder") or {}
 
     @property
-    def reward_free_steps(self) -> int:
+    def explorer(self) -> dict[str, Any]:
+        """What is known of the explorer; empty if there is none."""
+        return self.settings.get("explorer") or {}
+
+    def reward_free_steps(self, kind: str) -> int:
         """Environment steps taken without reward before any of these runs."""
-        return self.encoder.get("reward_free_steps") or 0
+        explored, steps = kind in (*WARM, EXPLORER), 0
+        if explored:
+            steps += self.explorer.get("reward_free_steps") or 0
+        if kind in PRETRAINED or (explored and self.explorer.get("features")):
+            steps += self.encoder.get("reward_free_steps") or 0
+        return steps
+
+    @property
+    def before(self) -> str:
+        """The reward-free steps of its arms in words, empty if there are none."""
+        counts = sorted({self.reward_free_steps(arm.kind) for arm in self.arms} - {0})
+        return " or ".join(f"{count:,}" for count in counts)
 
 
 def read_task(path: Path, threshold: float | None = None) -> Task:
@@ -214,7 +232,7 @@ def _read_run(task: Task, arm: Mapping[str, Any], seed: int, rows: dict[int, dic
         final_return=last["return"],
         final_success=last["success"],
         seconds=last["seconds"],
-        reward_free_steps=task.reward_free_steps if arm.get("kind", arm["name"]) in PRETRAINED else 0,
+        reward_free_steps=task.reward_free_steps(arm.get("kind", arm["name"])),
     )
 
 
@@ -244,7 +262,7 @@ def compare(tasks: Sequence[Task], unit: float, baseline: str | None = None) -> 
             arm,
             speed_up=_speed_up(against, arm, tasks),
             speed_up_charged=charged_speed_up(against, arm, tasks),
-            speed_up_over_control=_speed_up(control, arm, tasks) if arm.pretrained else None,
+            speed_up_over_control=_speed_up(control, arm, tasks) if arm.kind in PRETRAINED else None,
             sooner=_sooner(against, arm, tasks),
         )
         for arm in arms
@@ -327,7 +345,10 @@ def charged_speed_up(
 def _speed_up(
     slower: ArmSummary | None, arm: ArmSummary, tasks: Sequence[Task], fine_tunings: float = math.inf
 ) -> Ratio | None:
-    if slower is None or slower.name == arm.name or not (shared := _shared(slower, arm, tasks)):
+    # An explorer is not trained with reward, so it cannot be sooner.
+    if slower is None or slower.name == arm.name or arm.kind == EXPLORER:
+        return None
+    if not (shared := _shared(slower, arm, tasks)):
         return None
 
     def steps(run: Run, task: Task) -> float:
@@ -337,7 +358,9 @@ def _speed_up(
 
 
 def _sooner(baseline: ArmSummary | None, arm: ArmSummary, tasks: Sequence[Task]) -> Interval | None:
-    if baseline is None or baseline.name == arm.name or not (shared := _shared(baseline, arm, tasks)):
+    if baseline is None or baseline.name == arm.name or arm.kind == EXPLORER:
+        return None
+    if not (shared := _shared(baseline, arm, tasks)):
         return None
     theirs, mine = (matrix(a, shared, share_of_budget) for a in (baseline, arm))
     return probability_of_improvement(theirs, mine, fixed_rng())

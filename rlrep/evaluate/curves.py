@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from rlrep.evaluate.comparison import BASELINE, CONTROL, ArmSummary, Task, fixed_rng, matrix, share_of_budget
+from rlrep.evaluate.comparison import BASELINE, CONTROL, EXPLORER, ArmSummary, Task, fixed_rng, matrix, share_of_budget
 from rlrep.evaluate.stats import Interval, Scores, iqm, performance_profile, stratified_bootstrap
 
 RESAMPLES = 2_000
@@ -39,7 +40,8 @@ def draw(tasks: Sequence[Task]) -> Figure:
     colours = colours_of(tasks)
     for ax, task in zip(axes, tasks, strict=False):
         for arm in task.arms:
-            _draw_arm(ax, arm, colours[arm.name])
+            # It was evaluated once, and nothing has changed it since.
+            _draw_arm(ax, _level(arm, task.budget) if arm.kind == EXPLORER else arm, colours[arm.name])
         _dress(ax, task)
     for ax in axes[n:]:
         ax.set_visible(False)
@@ -49,6 +51,16 @@ def draw(tasks: Sequence[Task]) -> Figure:
     _legend(figure, list(named.values()), list(named))
     figure.supxlabel(_caption(tasks), fontsize=7.5, color="#555555")
     return figure
+
+
+def _level(arm: ArmSummary, budget: int) -> ArmSummary:
+    """Returns the arm with curves that stay at their first value up to the budget."""
+    held = [
+        dataclasses.replace(run, steps=np.array([0.0, budget]), returns=run.returns[[0, 0]])
+        for run in arm.runs
+        if len(run.steps)
+    ]
+    return dataclasses.replace(arm, runs=tuple(held))
 
 
 def curve(arm: ArmSummary) -> tuple[NDArray[np.float64], list[Interval]]:
@@ -221,7 +233,7 @@ def _caption(tasks: Sequence[Task]) -> str:
     runs = [run for task in tasks for arm in task.arms for run in arm.runs]
     dashed = "; dashed: failed or unfinished" if any(run.state != "finished" for run in runs) else ""
     lines = [f"Thick: interquartile mean over seeds, band: its 95 % bootstrap interval, thin: every seed{dashed}."]
-    if counts := sorted({f"{task.reward_free_steps:,}" for task in tasks if task.reward_free_steps}):
+    if counts := sorted({task.before for task in tasks if task.before}):
         before = " or ".join(counts)
         lines.append(f"Pre-trained arms had {before} reward-free steps before, which this axis does not count.")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlrep.evaluate import curves, exploration
-from rlrep.evaluate.comparison import ArmSummary, Run, Task, charged_speed_up, find_baseline
+from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, ArmSummary, Run, Task, charged_speed_up, find_baseline
 from rlrep.evaluate.evidence import Evidence, draw_features, draw_pretraining
 from rlrep.evaluate.page import Picture, Section, Table
 from rlrep.evaluate.summary import Summary
@@ -77,11 +77,13 @@ def legend(summary: Summary) -> list[str]:
         lines.append("A value that begins with >: too few runs reached the return within their steps.")
     if len(summary.tasks) > 1:
         lines.append("All tasks: steps as a share of each task's budget.")
-    before = {name: f"{task.reward_free_steps:,}" for name, task in summary.folders.items() if task.reward_free_steps}
+    before = {name: task.before for name, task in summary.folders.items() if task.before}
     if before:
         counts = ", ".join(dict.fromkeys(before.values()))
         each = f" ({', '.join(before)})" if len(set(before.values())) > 1 else ""
         lines.append(f"Before these runs: {counts} steps without reward, not counted above{each}.")
+    if alone := [arm.name for task in summary.tasks for arm in task.arms if arm.kind == EXPLORER]:
+        lines.append(f"{alone[0]}: evaluated once, before any rewarded step, and held level from there.")
     lost = [run for run in summary.runs if run.state != "finished"]
     if lost:
         failed = sum(run.state == "failed" for run in lost)
@@ -184,20 +186,22 @@ def costs(summary: Summary, evidence: Mapping[str, Evidence]) -> list[Section]:
     for name, task in summary.folders.items():
         spent = evidence[name].collect_seconds
         trained = task.encoder.get("pretrain_seconds")
-        if task.reward_free_steps:
+        if task.before:
             seconds = "" if math.isnan(spent) else f" in {as_duration(spent)}"
             training = f" and {as_duration(trained)} of pre-training" if isinstance(trained, int | float) else ""
             before.append(
-                f"{name}: {task.reward_free_steps:,} environment steps without reward{seconds}{training}, spent once "
+                f"{name}: {task.before} environment steps without reward{seconds}{training}, spent once "
                 f"and shared by all seeds; then {task.budget:,} rewarded steps a run."
             )
-        shared = sum(x for x in (spent, trained) if isinstance(x, int | float) and not math.isnan(x))
+        explored, learnt = (x if isinstance(x, int | float) and not math.isnan(x) else 0.0 for x in (spent, trained))
         for arm in task.arms:
-            n, extra = len(arm.finished), shared if arm.pretrained else 0.0
+            n, steps = len(arm.finished), task.reward_free_steps(arm.kind)
+            encodes = arm.kind in PRETRAINED
+            extra = (explored if encodes or steps else 0.0) + (learnt if encodes else 0.0)
             row = {
                 "arm": (arm.name, ""),
                 "rewarded steps a run": (f"{task.budget:,}", ""),
-                "reward-free steps": (f"{task.reward_free_steps if arm.pretrained else 0:,}", ""),
+                "reward-free steps": (f"{steps:,}", ""),
                 "train time a run": (as_duration(arm.seconds), ""),
                 "before it, once": (as_duration(extra), ""),
                 "with a share of that": (
@@ -438,6 +442,10 @@ def origins(summary: Summary, evidence: Mapping[str, Evidence]) -> Section:
             f"{prefix}environment `{task.settings['env']}`; algorithm {task.settings['algorithm']}; seeds {seeds}; "
             f"{task.budget:,} rewarded steps a run; versions: {versions}"
         )
+        if explorer := task.explorer:
+            notes.append(
+                f"{prefix}explorer: `{_spec(explorer['name'])}`, {explorer['algorithm']}, digest `{explorer['digest']}`"
+            )
         if encoder := task.encoder:
             objectives = (
                 f"; objectives: {', '.join(map(_spec, encoder['objectives']))}" if encoder.get("objectives") else ""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from rlrep.evaluate.comparison import CONTROL, ArmSummary, Task, slowness
+from rlrep.evaluate.comparison import CONTROL, EXPLORER, WARM, ArmSummary, Task, slowness
 from rlrep.evaluate.stats import Interval, Ratio
 
 MIN_SEEDS = 3
@@ -33,7 +33,7 @@ def answer(arms: Sequence[ArmSummary], tasks: Sequence[Task], baseline: ArmSumma
     """Returns one sentence that says whether pre-training helped, by how much, and how sure that is."""
     pretrained = sorted((arm for arm in arms if arm.pretrained and arm is not baseline), key=slowness)
     if not pretrained:
-        return "It cannot be told whether pre-training helped: no arm with a pre-trained encoder was run."
+        return "It cannot be told whether pre-training helped: no arm with a pre-trained encoder or policy was run."
     if baseline is None:
         return "It cannot be told whether pre-training helped: no arm was trained from scratch to compare with."
     verdicts = {arm.name: verdict(arm, baseline) for arm in pretrained}
@@ -51,6 +51,11 @@ def answer(arms: Sequence[ArmSummary], tasks: Sequence[Task], baseline: ArmSumma
             clauses.append(
                 f"but `{helped[0].name}` cannot be told apart from the untrained encoder of `{control.name}`, "
                 "so the training of the encoder need not be what helped"
+            )
+        alone = next((arm for arm in arms if arm.kind == EXPLORER and arm.n_solved), None)
+        if alone and helped[0].kind in WARM:
+            clauses.append(
+                f"but `{alone.name}` reaches it in {alone.n_solved} of {len(alone.finished)} runs without any reward"
             )
     elif unclear:
         clauses = [
@@ -92,8 +97,8 @@ def question(tasks: Sequence[Task]) -> str:
     goal = thresholds.pop() if len(thresholds) == 1 else "the threshold of each"
     algorithms = " or ".join(dict.fromkeys(str(task.settings["algorithm"]).upper() for task in tasks))
     return (
-        f"Does {algorithms} reach {goal} on {where} with fewer rewarded steps when it builds on an encoder that was "
-        "pre-trained without reward?"
+        f"Does {algorithms} reach {goal} on {where} with fewer rewarded steps when it builds on what was learnt "
+        "without reward?"
     )
 
 

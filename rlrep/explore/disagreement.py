@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from gymnasium.spaces import Space
+from gymnasium.spaces import Box, Space
 from torch import Tensor, nn
 
 from rlrep import losses, nets, spaces
 from rlrep.encoders import make_encoder
 from rlrep.explore.base import Bonus, ObservationNormaliser, explorers
-from rlrep.types import Batch, Metrics, Transition, tree_map
+from rlrep.types import Batch, Metrics, SpaceError, Transition, tree_map
 
 
 @explorers.register("disagreement")
@@ -17,13 +17,14 @@ class Disagreement(Bonus):
     """Variance of what an ensemble foresees of the next features, those of a random encoder.
 
     Noise does not draw it for good: all members come to foresee its mean. Each member has its own beginning, and learns
-    from a half of every batch that is drawn for it.
+    from a half of every batch that is drawn for it. On the features of a world model, with `encoder=none`, it is the
+    disagreement about latent dynamics of Plan2Explore (arXiv:2005.05960), paid for real steps, not for dreamt ones.
 
     Args:
         observation_space: Any that has an encoder; pictures and vectors are normalised by running statistics.
         action_space: Any that flattens to numbers.
         n_envs: How many environments are stepped together.
-        encoder: Spec of the random encoder.
+        encoder: Spec of the random encoder; none if what is observed are features already: numbers to be foreseen.
         learning_rate: Of the ensemble.
         members: How many models; 5 is the paper's.
         hidden: Width of their hidden layers.
@@ -37,7 +38,7 @@ class Disagreement(Bonus):
         observation_space: Space,
         action_space: Space,
         n_envs: int,
-        encoder: str = "auto:features_dim=128",
+        encoder: str | None = "auto:features_dim=128",
         learning_rate: float = 1e-3,
         members: int = 5,
         hidden: int = 256,
@@ -47,9 +48,17 @@ class Disagreement(Bonus):
             raise ValueError(f"disagreement: it takes at least 2 members to disagree, not {members}")
         self.learning_rate = learning_rate
         self.normalise = ObservationNormaliser(observation_space)
-        self.embed = make_encoder(encoder, self.normalise.space).requires_grad_(False)
         self.flatten = spaces.Flatten(action_space)
-        d = self.embed.features_dim
+        self.embed: nn.Module
+        if encoder is None:
+            if not isinstance(self.normalise.space, Box) or spaces.kind(self.normalise.space) != "vector":
+                raise SpaceError(
+                    f"disagreement: encoder=none is for vectors, and what is observed is {observation_space}"
+                )
+            self.embed, d = nn.Flatten(), spaces.flat_dim(self.normalise.space)
+        else:
+            self.embed = embed = make_encoder(encoder, self.normalise.space).requires_grad_(False)
+            d = embed.features_dim
         sizes = [d + spaces.flat_dim(action_space), hidden, d]
         self.members = nn.ModuleList(nets.mlp(sizes) for _ in range(members))
 

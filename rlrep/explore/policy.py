@@ -51,20 +51,9 @@ class Policy(Actor):
         deterministic: bool = False,
     ) -> None:
         super().__init__(observation_space, action_space, n_envs)
-        file = next((p for p in (Path(path), Path(f"{path}.zip")) if p.is_file()), None)
-        if file is None:
-            raise RlrepError(f"explorer 'policy' needs a zip saved by Stable-Baselines3, and there is no file {path!r}")
-        cls = get_algorithm(algorithm) if algorithm else _algorithm_of(file)
-        try:
-            self.model: BaseAlgorithm = cls.load(file, device="cpu")
-        except Exception as error:  # a zip of another class or version fails in any way it likes
-            raise RlrepError(f"{file} cannot be loaded as a policy of {cls.__name__}: {error}") from error
+        file, self.model = load_policy(path, algorithm)
         self.deterministic = deterministic
-        own = self.model.observation_space
-        # SB3 turns what it takes for a picture channels-first, and turns observations likewise in `predict`.
-        if own != _turned(observation_space):
-            spaces.check_same(observation_space, own, f"the policy in {file} was trained on observations")
-        spaces.check_same(action_space, self.model.action_space, f"the policy in {file} was trained with actions")
+        check_spaces(self.model, observation_space, action_space, f"the policy in {file}")
         self._state: tuple[np.ndarray, ...] | None = None
 
     def act(self, obs: Tree, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -73,6 +62,41 @@ class Policy(Actor):
             torch.manual_seed(int(rng.integers(2**63)))
             action, self._state = self.model.predict(obs, self._state, first, self.deterministic)
         return action
+
+
+def load_policy(path: str | Path, algorithm: str | None = None) -> tuple[Path, BaseAlgorithm]:
+    """Returns the file of a policy that Stable-Baselines3 or sb3-contrib saved, and the policy, on the CPU.
+
+    Args:
+        path: The zip, with or without its suffix.
+        algorithm: The name of its class, such as `ppo`; found from what is in the zip unless given.
+
+    Raises:
+        RlrepError: There is no policy at `path`, or its algorithm cannot be told.
+    """
+    file = next((p for p in (Path(path), Path(f"{path}.zip")) if p.is_file()), None)
+    if file is None:
+        raise RlrepError(
+            f"an explorer's policy is a zip saved by Stable-Baselines3, and there is no file {str(path)!r}"
+        )
+    cls = get_algorithm(algorithm) if algorithm else _algorithm_of(file)
+    try:
+        return file, cls.load(file, device="cpu")
+    except Exception as error:  # a zip of another class or version fails in any way it likes
+        raise RlrepError(f"{file} cannot be loaded as a policy of {cls.__name__}: {error}") from error
+
+
+def check_spaces(model: BaseAlgorithm, observation_space: Space, action_space: Space, name: str) -> None:
+    """Checks that a policy can act in an environment of these spaces.
+
+    Raises:
+        SpaceError: It was trained on other observations or with other actions.
+    """
+    own = model.observation_space
+    # SB3 turns what it takes for a picture channels-first, and turns observations likewise in `predict`.
+    if own != _turned(observation_space):
+        spaces.check_same(observation_space, own, f"{name} was trained on observations")
+    spaces.check_same(action_space, model.action_space, f"{name} was trained with actions")
 
 
 def _turned(space: Space) -> Space:

@@ -109,7 +109,7 @@ def test_augmentation_alone_is_no_pre_training(make_run):
     assert arm(summary, "augment").speed_up.point > 1
     assert arm(summary, "augment").speed_up_charged is None, "it has had no reward-free steps"
     only = summarise(make_run({"scratch": SCRATCH, "augment": FROZEN}, name="only", encoder=False))
-    assert "no arm with a pre-trained encoder was run" in only.answer
+    assert "no arm with a pre-trained encoder or policy was run" in only.answer
 
 
 def test_the_best_of_several_scratch_arms_is_the_baseline(make_run):
@@ -295,3 +295,35 @@ def test_bad_input_is_explained(make_run, tmp_path):
     (folder / "scores.jsonl").write_text("{{{\n")
     with pytest.raises(RunError, match="damaged"):
         summarise(folder)
+
+
+def test_warm_starts_are_charged_their_explorers_steps_and_the_explorer_alone_is_no_speed_up(make_run):
+    alone = [{"steps": 0, "return": 0.3, "std": 0.1, "episodes": 20, "success": 0.2, "seconds": 0.0, "last": True}]
+    solved = [{**alone[0], "return": 0.9, "success": 1.0}]
+    explorer = {"name": "count", "algorithm": "ppo", "digest": "fed987", "reward_free_steps": 60_000, "features": None}
+    arms = {"scratch": SCRATCH, "random-frozen": SCRATCH, "frozen": FROZEN, "warm-actor": FROZEN}
+    folder = make_run({**arms, "explorer": dict.fromkeys(range(5), alone)}, explorer=explorer)
+    summary = report(folder)
+    assert arm(summary, "warm-actor").speed_up.point == pytest.approx(310 / 140)
+    assert arm(summary, "warm-actor").speed_up_charged.point == pytest.approx(310 / (140 + 180))
+    assert arm(summary, "frozen").speed_up_charged.point == pytest.approx(310 / (140 + 900))
+    # The untrained encoder is no control of theirs.
+    assert arm(summary, "warm-actor").speed_up_over_control is None
+    by_itself = arm(summary, "explorer")
+    assert by_itself.area.point == pytest.approx(0.3)
+    assert (by_itself.n_solved, len(by_itself.finished)) == (0, 5)
+    assert by_itself.speed_up is None
+    assert by_itself.speed_up_charged is None
+    assert by_itself.sooner is None
+    text = (folder / "report.md").read_text()
+    assert "60,000 or 300,000 steps without reward" in text
+    assert "`count`, ppo, digest `fed987`" in text
+    assert "so did `warm-actor`" in summary.answer
+    assert "without any reward" not in summary.answer
+
+    seen = {"features": {"name": "grid", "digest": "abc123"}}
+    arms = {"scratch": SCRATCH, "warm-logits": FROZEN, "explorer": dict.fromkeys(range(5), solved)}
+    folder = make_run(arms, name="in-features", explorer={**explorer, **seen})
+    summary = summarise(folder)
+    assert arm(summary, "warm-logits").speed_up_charged.point == pytest.approx(310 / (140 + 180 + 900))
+    assert summary.answer.endswith("but `explorer` reaches it in 5 of 5 runs without any reward.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from gymnasium import spaces
 
 from rlrep.explore import Bonus, make_explorer
 from rlrep.explore.base import Counts, Memory, ObservationNormaliser
-from rlrep.types import Transition
+from rlrep.types import SpaceError, Transition
 
 BOARD = spaces.Box(0, 255, (3, 3, 3), np.uint8)
 ACTIONS = spaces.Discrete(4)
@@ -165,6 +166,21 @@ def test_disagreement_pays_the_variance_of_its_members() -> None:
         given = torch.cat([bonus.embed(step.obs), torch.eye(4)[step.action]], 1)
         foreseen = np.stack([member(given).numpy() for member in bonus.members])
     assert bonus.reward(step).numpy() == pytest.approx(foreseen.var(axis=0, ddof=1).mean(axis=1), rel=1e-4)
+
+
+def test_disagreement_about_features_is_about_all_of_them_as_they_are() -> None:
+    features = spaces.Box(-np.inf, np.inf, (6,), np.float32)
+    bonus = make("disagreement:encoder=none,members=3", space=features)
+    steps = [dataclasses.replace(step, obs=torch.randn(N, 6), next_obs=torch.randn(N, 6)) for step in walk(steps=5)]
+    for step in steps:
+        bonus.watch(step)
+    now = bonus.normalise(step.obs)
+    with torch.no_grad():
+        foreseen = [member(torch.cat([now, torch.eye(4)[step.action]], 1)) for member in bonus.members]
+    expected = np.stack(foreseen).var(axis=0, ddof=1).mean(axis=1)
+    assert bonus.reward(step).numpy() == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(SpaceError, match="is for vectors"):
+        make("disagreement:encoder=none")
 
 
 def test_each_member_learns_from_a_half_of_its_own() -> None:
