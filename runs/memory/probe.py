@@ -32,7 +32,7 @@ class Plan:
 
     tasks: dict[str, str]
     collect: dict[str, Any]
-    arms: dict[str, list[str]]
+    arms: dict[str, dict[str, Any]]
     pretrain: dict[str, Any]
     seeds: list[int]
 
@@ -56,10 +56,10 @@ def run_cell(plan: Plan, cell: Cell, out: Path) -> Cell:
     task, arm, seed = key(cell)
     data = rlrep.collect(task, out=out / folder_name(task) / "data", **plan.collect)
     folder = out / folder_name(task) / folder_name(arm) / f"seed{seed}"
-    rlrep.pretrain(data, out=folder, objectives=plan.arms[arm], seed=seed, **plan.pretrain)
+    rlrep.pretrain(data, out=folder, seed=seed, **plan.pretrain | plan.arms[arm])
     found = probe_memory(folder / "belief", data, "cue", where=plan.tasks[task], seed=seed)
     results = runs.read_json(folder / runs.RECORD)["results"]
-    return {**cell, "objectives": plan.arms[arm], "seconds": results["seconds"], **found.to_json()}
+    return {**cell, **plan.arms[arm], "seconds": results["seconds"], **found.to_json()}
 
 
 def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
@@ -69,7 +69,8 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         "",
         f"{len(done)} of {total} cells. Accuracy of a linear probe of the features for the object of the start room, "
         "on episodes that the probe has not seen, while that object is out of sight, by the steps since it was seen. "
-        f"Models learnt {plan.pretrain['updates']:,} updates of {plan.pretrain['batch_size']} segments from "
+        f"Models learnt {plan.pretrain['updates']:,} updates (or as many as is said) of "
+        f"{plan.pretrain['batch_size']} segments, from "
         f"{plan.collect['steps']:,} reward-free steps. Means over seeds; seconds as the clock had them on a busy "
         "machine. `memoryless` are the features of the current observation alone, `untrained` those of a model that "
         "has learnt nothing.",

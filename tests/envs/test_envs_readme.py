@@ -49,7 +49,7 @@ def test_options_modes_and_distractions_are_all_there() -> None:
     assert list(table("Distractions")) == [f"`{name}`" for name in get_args(Distraction)]
 
 
-@pytest.mark.parametrize(("spec", "column"), [("MiniGrid-DoorKey-6x6-v0", 0), ("rlrep/TinyGrid-v0", 1)])
+@pytest.mark.parametrize(("spec", "column"), [("MiniGrid-MemoryS11-v0", 0), ("rlrep/TinyGrid-v0", 1)])
 def test_the_table_of_factors_is_complete(spec: str, column: int) -> None:
     factors = make_env(spec).reset(seed=0)[1]["factors"]
     rows = table("Factors").items()
