@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,6 +64,12 @@ class BeliefPolicy:
         if encoder.recurrent:
             actions = cast(RecurrentEncoder, encoder).action_space
             spaces.check_same(model.action_space, actions, "this encoder was made for actions")
+        known = getattr(model.observation_space, "encoder_digest", encoder.digest())
+        if known != encoder.digest():
+            raise SpaceError(
+                f"the model learnt on the features of an encoder with digest {known[:12]}, and this one's is "
+                f"{encoder.digest()[:12]}: name the one that was around its environments"
+            )
         normalised = model.get_vec_normalize_env()
         if normalised is not None and normalised.norm_obs:
             raise SpaceError(
@@ -123,6 +130,9 @@ class BeliefPolicy:
         """Returns whether this is an observation without the first axis, and of how many environments it is."""
         space, leaf = self.encoder.observation_space, observation
         while isinstance(space, gym_spaces.Dict):
+            if not isinstance(leaf, Mapping) or not space.spaces.keys() <= leaf.keys():
+                got = f"only {', '.join(leaf)}" if isinstance(leaf, Mapping) else f"shape {np.shape(leaf)}"
+                raise SpaceError(f"this encoder was made for observations {space}, but got {got}")
             key = next(iter(space.spaces))
             space, leaf = space.spaces[key], leaf[key]
         found = np.shape(leaf)

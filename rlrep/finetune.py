@@ -188,10 +188,9 @@ def finetune(
         env: Environment spec.
         out: Run folder: `scores.jsonl` has a row an evaluation, `failures.jsonl` one a failed job, `tensorboard/` the
             same curves.
-        encoder: Pre-trained encoder, or its folder; without one only `scratch` and `random-frozen` can run. `belief`
-            needs the folder of a run that trained a recurrent one too, or that recurrent encoder, whose encoder of
-            single observations then serves the other arms.
-        encoder: Pre-trained encoder, or its folder; `frozen` and `finetune` need one.
+        encoder: Pre-trained encoder, or its folder; `frozen` and `finetune` need one. `belief` needs the folder of a
+            run that trained a recurrent one too, or that recurrent encoder, whose encoder of single observations then
+            serves the other arms.
         explorer: Folder of a dataset that a bonus collected, or the zip of a policy, which is trusted; `warm-actor`,
             `warm-logits` and `explorer` need one. One that saw an encoder's features needs that encoder too.
         arms: Names or mappings, see `Arm`.

@@ -97,17 +97,18 @@ def fit_reward(
     Args:
         encoder: A world model, or the folder of the run that trained it.
         data: A dataset with reward, its folder or URL, or several: its steps are rewarded steps.
-        steps: Transitions to learn from at most, of whole episodes.
+        steps: Transitions to learn from at most, of whole episodes, of one at least.
         updates: Gradient steps.
         batch_size: Transitions in a batch.
         learning_rate: Of Adam.
-        held_out: Fraction of the episodes on which `RewardHead.explained` is measured.
+        held_out: Fraction of the episodes on which `RewardHead.explained` is measured; `steps` bounds these too.
         seed: Of initialisation, dreams, batches and the split.
         device: Where it computes; `auto` is a GPU if there is one.
 
     Raises:
         RunError: There is no encoder there.
         SpecError: It cannot dream.
+        RlrepError: It was trained without a decoder.
         SpaceError: It was made for other observations or actions.
         DatasetError: The reward is always the same, or there is only one episode.
     """
@@ -205,6 +206,8 @@ class DreamVecEnv(VecEnv):
         self._pool: State = None
         self._left = 0
         features = gym_spaces.Box(-np.inf, np.inf, (model.features_dim,), np.float32)
+        # As `LatentVecEnv` says it: what learnt in these dreams goes on with this world model only.
+        features.encoder_digest = self.encoder.digest()  # type: ignore[attr-defined]
         super().__init__(n_envs, features, cast(Any, model.action_space))
 
     def reset(self) -> np.ndarray:
@@ -345,7 +348,7 @@ def _rewarded(model: WorldModel, data: Dataset, steps: int, rng: np.random.Gener
     """Returns features (2M, D) of what followed M transitions, seen and then dreamt, and the rewards (2M,) of these."""
     start, length = _pieces(data)
     chosen = rng.permutation(len(start))
-    chosen = chosen[: np.searchsorted(np.cumsum(length[chosen]), steps) + 1]
+    chosen = chosen[: max(1, int(np.searchsorted(np.cumsum(length[chosen]), steps, side="right")))]
     # Long ones together: each group is padded to its longest.
     chosen = chosen[np.argsort(length[chosen], kind="stable")]
     seen: list[Tensor] = []

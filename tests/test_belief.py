@@ -11,6 +11,7 @@ import pytest
 import torch
 from belief_cases import LENGTH, Ledger, Recall, ledger, venv_of
 from gymnasium import spaces
+from gymnasium.wrappers import TransformObservation
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -18,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormali
 
 from rlrep.belief import BeliefPolicy
 from rlrep.collect import collect
-from rlrep.encoders import load_belief
+from rlrep.encoders import load_belief, make_encoder
 from rlrep.explore import Bonus, make_explorer
 from rlrep.intrinsic import IntrinsicReward
 from rlrep.latent import LatentVecEnv
@@ -264,6 +265,22 @@ def test_a_model_of_something_else_is_refused() -> None:
     model = PPO("MlpPolicy", VecNormalize(LatentVecEnv(venv, memory_of(venv))), **QUICK)
     with pytest.raises(SpaceError, match="norm_obs=False"):
         BeliefPolicy(memory_of(venv), model)
+    other = memory_of(venv)
+    torch.nn.init.constant_(other.encoder.scale, 2.0)
+    with pytest.raises(SpaceError, match="an encoder with digest"):
+        BeliefPolicy(other, PPO("MlpPolicy", LatentVecEnv(venv, memory_of(venv)), **QUICK))
+
+
+def test_observations_without_the_keys_are_refused() -> None:
+    both = spaces.Dict({"left": Recall.observation_space, "right": Recall.observation_space})
+    venv = DummyVecEnv([lambda: TransformObservation(Recall(), lambda obs: {"left": obs, "right": obs}, both)] * 2)
+    encoder = make_encoder("recurrent:width=4", both, Recall.action_space)
+    agent = BeliefPolicy(encoder, PPO("MlpPolicy", LatentVecEnv(venv, encoder), **QUICK), device="cpu")
+    obs = venv.reset()
+    assert agent.predict(obs)[0].shape == (2,)
+    for wrong in (obs["left"], {"left": obs["left"]}):
+        with pytest.raises(SpaceError, match="made for observations Dict"):
+            agent.predict(wrong)
 
 
 # --- where it comes from ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecMonitor
 
 from rlrep import imagination
+from rlrep.belief import BeliefPolicy
 from rlrep.collect import collect
 from rlrep.dataset import Dataset, DatasetWriter
 from rlrep.encoders import WorldModel, make_encoder
@@ -201,5 +202,13 @@ def test_what_cannot_be_dreamt_is_refused(data: Dataset, reward: RewardHead, tmp
     paid = [i for i, episode in enumerate(data) if episode.reward.sum() == 0]
     with pytest.raises(DatasetError, match="the reward is 0 at all"):
         fit_reward(MODEL, data.select([*paid, *paid]), held_out=0.5)
+    # Whole episodes of 30 steps each: a third would be more than was asked for.
+    with pytest.raises(DatasetError, match="at all 60 steps"):
+        fit_reward(MODEL, data.select(paid * 6), steps=70, held_out=0.5)
+    other = CorridorModel(Corridor.observation_space, Corridor.action_space)
+    torch.nn.init.constant_(other.encoder.scale, 2.0)
+    dreamt = PPO("MlpPolicy", DreamVecEnv(MODEL, reward, data, 2, device="cpu"), n_steps=8, batch_size=8, device="cpu")
+    with pytest.raises(SpaceError, match="an encoder with digest"):
+        BeliefPolicy(other, dreamt)
     with pytest.raises(AttributeError, match="no environments"):
         DreamVecEnv(MODEL, reward, data).env_method("render")

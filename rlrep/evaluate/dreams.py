@@ -151,7 +151,7 @@ def dream(
 def _choose(
     data: Dataset, n: int, context: int, horizon: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the first rows of up to n segments, their steps, and whether they begin an episode; some have all steps.
+    """Returns the first rows of up to n segments, their steps, and whether they begin an episode; its end cuts some.
 
     Raises:
         DatasetError: No episode is longer than the context.

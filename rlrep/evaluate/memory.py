@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rlrep import spaces
 from rlrep.dataset import Dataset, open_dataset
-from rlrep.encoders import Encoder, RecurrentEncoder, load_encoder, make_encoder
+from rlrep.encoders import Encoder, RecurrentEncoder, load_belief, load_encoder, make_encoder
 from rlrep.evaluate.probes import RequirementError, classify
-from rlrep.registry import nearest
+from rlrep.registry import SpecError, nearest
 from rlrep.types import DatasetError, tree_map
 
 AGES = (1, 3, 5, 9, 17, 33, 65, 129)
@@ -67,7 +67,7 @@ class MemoryProbe:
         found = {row["age"]: row["accuracy"] for row in self.rows}
         wanting = []
         for requirement in requirements:
-            match = re.fullmatch(r"\s*([\w-]+)\s*>\s*([0-9.]+)\s*", requirement)
+            match = re.fullmatch(r"\s*([\w-]+)\s*>\s*(\d*\.?\d+)\s*", requirement)
             if not match:
                 raise RequirementError(
                     f"a requirement of a memory probe is written age>number, such as 'all>0.9', not {requirement!r}"
@@ -97,7 +97,7 @@ def probe_memory(
     and of the features of the current observation alone. Where the latter beat chance, the task is no test of memory.
 
     Args:
-        encoder: A recurrent encoder, or its folder; one without memory is a control.
+        encoder: A recurrent encoder, its folder, or that of the run that trained it; one without memory is a control.
         data: With the factors `factor` and `<factor>_seen`; or its folder, or several. MiniGrid's Memory tasks have
             `cue`.
         factor: What to remember, a factor of whole numbers.
@@ -113,7 +113,10 @@ def probe_memory(
         SpaceError: The encoder was made for other observations or actions.
         RunError: There is no encoder there.
     """
-    encoder = load_encoder(encoder)
+    try:
+        encoder = load_belief(encoder)
+    except SpecError:
+        encoder = load_encoder(encoder)
     data = data if isinstance(data, Dataset) else open_dataset(data)
     spaces.check_same(data.observation_space, encoder.observation_space, "this encoder was made for observations")
     for name in (factor, factor + SEEN):
@@ -167,7 +170,7 @@ def _row(age: str, right: dict[str, Tensor], where: np.ndarray) -> dict[str, Any
 def _condition(where: str, data: Dataset) -> tuple[str, str, float] | None:
     if not where:
         return None
-    match = re.fullmatch(r"\s*(\w+)\s*([<>])\s*(-?[0-9.]+)\s*", where)
+    match = re.fullmatch(r"\s*(\w+)\s*([<>])\s*(-?\d*\.?\d+)\s*", where)
     if not match or match[1] not in data.factor_names:
         raise RequirementError(
             f"a condition is written factor>number or factor<number, not {where!r}; the factors are: "

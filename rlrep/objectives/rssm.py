@@ -99,13 +99,15 @@ class RSSM(WorldModel):
             return self.context(features[..., self.encoder.features_dim :].float())
 
     def imagine(self, state: State, action: Tensor) -> State:
-        """Draws codes from the prior; the embedding is that of the observation it draws from them, if it can draw."""
+        """Draws codes from the prior; the embedding is that of the observation it draws from them.
+
+        Raises:
+            RlrepError: It was trained without a decoder.
+        """
         deter = self._move(state, self.flat_action(action))
         log_probs = self.before({"deter": deter})
         imagined = {**state, "deter": deter, "codes": self._draw(log_probs), "log_probs": log_probs}
-        if self.reconstruct is not None:
-            imagined["embedding"] = self.encoder(self.decode(self.features(imagined)))
-        return imagined
+        return imagined | {"embedding": self.encoder(self.decode(self.features(imagined)))}
 
     def decode(self, features: Tensor) -> Tree:
         """Draws the observation of a state.
@@ -114,7 +116,7 @@ class RSSM(WorldModel):
             RlrepError: It was trained without a decoder.
         """
         if self.reconstruct is None:
-            raise RlrepError("this world model cannot draw observations: it was trained with decoder=false")
+            raise RlrepError("this world model cannot draw observations, nor dream: it was trained with decoder=false")
         return self.reconstruct.draw(self.see(features))
 
     def continues(self, features: Tensor) -> Tensor:
@@ -166,7 +168,8 @@ class RecurrentStateSpace(Objective):
             0.1: errors of drawing are means here, and sums there.
         representation: Weight of the divergence that makes codes predictable.
         free_nats: Of either divergence.
-        decoder: Draw observations; else the states are held to the embedding by Barlow Twins' loss, as R2-Dreamer does.
+        decoder: Draw observations, which dreams need; else the states are held to the embedding by Barlow Twins' loss,
+            as R2-Dreamer does.
         redundancy: Weight of the entries off the diagonal of that loss.
         projection: Weight of that loss.
         recall: Weight of recalling earlier observations, which needs the decoder; 0 for a model that only predicts.

@@ -124,6 +124,15 @@ def test_an_encoder_without_memory_is_a_control(data: Dataset) -> None:
     assert found["accuracy"] == found["memoryless"] < 0.75
 
 
+def test_of_a_run_it_is_the_encoder_that_remembers(data: Dataset, tmp_path: Path) -> None:
+    encoder = make_encoder("recurrent:width=8,encoder=grid", BOARD, MOVES)
+    assert isinstance(encoder, RecurrentEncoder)
+    encoder.save_pretrained(tmp_path / "run" / "belief")
+    encoder.encoder.save_pretrained(tmp_path / "run" / "encoder")
+    found = {place: probe_memory(tmp_path / "run" / place, data, "cue", n=60) for place in ("", "belief", "encoder")}
+    assert found[""] == found["belief"] != found["encoder"]
+
+
 def test_the_same_seed_finds_the_same(data: Dataset) -> None:
     encoder = make_encoder("recurrent:width=8,encoder=grid", BOARD, MOVES)
     assert probe_memory(encoder, data, "cue", n=60) == probe_memory(encoder, data, "cue", n=60)
@@ -138,11 +147,15 @@ def test_what_cannot_be_probed_is_said(data: Dataset, tmp_path: Path) -> None:
         probe_memory(encoder, data, "time")
     with pytest.raises(RequirementError, match=r"factor>number.*'tim>3'.*cue, cue_seen, time"):
         probe_memory(encoder, data, "cue", where="tim>3")
+    with pytest.raises(RequirementError, match=r"factor>number.*'time>1.2.3'"):
+        probe_memory(encoder, data, "cue", where="time>1.2.3")
     with pytest.raises(SpaceError, match="made for actions"):
         probe_memory(Remembers(BOARD, spaces.Discrete(5)), data, "cue")
     found = probe_memory(encoder, data, "cue")
     with pytest.raises(RequirementError, match="written age>number"):
         found.unmet(["cue"])
+    with pytest.raises(RequirementError, match=r"written age>number.*'all>\.'"):
+        found.unmet(["all>."])
     with pytest.raises(RequirementError, match=r"age '7'.*1-2, 3-4"):
         found.unmet(["7>0.5"])
     with pytest.raises(SpecError, match="probe_memory"):

@@ -20,7 +20,7 @@ from rlrep.objectives.autoencoder import Rarity
 from rlrep.objectives.mae import Masking
 from rlrep.objectives.memory import draw_times
 from rlrep.objectives.vq import Codebook
-from rlrep.types import Batch, RlrepError, Tree
+from rlrep.types import Batch, RlrepError, Tree, tree_map
 
 VECTOR = spaces.Box(-np.inf, np.inf, (4,), np.float32)
 ACTIONS = spaces.Discrete(3, start=2)
@@ -611,6 +611,9 @@ def test_rssm_without_a_decoder_holds_its_state_to_the_embedding(batch: Batch) -
     loss.backward()
     with pytest.raises(RlrepError, match="decoder=false"):
         objective.belief.decode(torch.zeros(1, objective.belief.features_dim))
+    last = tree_map(lambda x: x[:, -1], states)
+    with pytest.raises(RlrepError, match="nor dream"):
+        objective.belief.imagine(last, batch.action[:, 0])
 
 
 def test_codes_are_drawn_by_their_probabilities_and_pass_the_gradient_on() -> None:
