@@ -24,6 +24,7 @@ from rlrep.evaluate.dreams import dream
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import report
 from rlrep.evaluate.summary import Summary
+from rlrep.explore import Actor, explorers
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.finetune import finetune, parse_arms
 from rlrep.objectives import Objective, objectives
@@ -99,8 +100,8 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
         The report's summary.
 
     Raises:
-        SettingsError: Policies are to start from an explorer, and there are several.
-        RunError: They are to, and what explored learnt nothing.
+        SettingsError: Policies are to start from an explorer, and there are several, or it learns nothing.
+        RunError: They are to, and what explored in `data` learnt nothing.
     """
     out = Path(out)
     # A wrong arm would else be found after hours of collecting and pre-training.
@@ -111,6 +112,11 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
             "'rssm' to the objectives, or leave the arm out"
         )
     warm = [arm.name for arm in arms if arm.explored]
+    if warm and data is None and _learns_nothing(recipe.collect.explorer):
+        raise SettingsError(
+            f"arm {warm[0]!r} starts from the explorer of this recipe, and {recipe.collect.explorer!r} learns no "
+            "policy: collect with a bonus, such as 'count', or leave the arm out"
+        )
     for name, number in {"rounds": recipe.rounds, "collect.n_workers": recipe.collect.n_workers}.items():
         if warm and number > 1:
             raise SettingsError(
@@ -145,6 +151,13 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
     )
     print(f"[4/4] report -> {out / 'report.html'}")
     return report(scores, out=out, stages=folders)
+
+
+def _learns_nothing(explorer: str | Mapping[str, Any]) -> bool:
+    """Whether this is a single explorer without a bonus."""
+    name = explorer.partition(":")[0] if isinstance(explorer, str) else explorer.get("name")
+    mixed = isinstance(explorer, str) and "+" in explorer
+    return not mixed and name in explorers.names() and issubclass(explorers.get(name), Actor)
 
 
 def _trains_a_memory(specs: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]) -> bool:

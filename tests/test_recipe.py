@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlrep import cli, runs
 from rlrep.encoders import load_encoder
-from rlrep.recipe import Recipe, _name, _trains_a_memory, load_recipe, on_ray, run
+from rlrep.recipe import Recipe, _learns_nothing, _name, _trains_a_memory, load_recipe, on_ray, run
 from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +108,15 @@ def test_an_arm_that_remembers_needs_an_objective_that_trains_a_memory(folder: P
     assert not (folder / "out").exists()
     assert _trains_a_memory(["ae:width=8", "gru:weight=0.5"])
     assert _trains_a_memory({"name": "rssm"})
+
+
+@pytest.mark.parametrize("explorer", ["random", "random:sticky=0.5", {"name": "random"}])
+def test_a_warm_start_from_an_explorer_that_learns_nothing_is_refused_at_once(folder: Path, explorer: Any) -> None:
+    recipe = changed(load_recipe(folder), {"finetune.arms": ["warm-actor"], "collect.explorer": explorer})
+    with pytest.raises(SettingsError, match=r"arm 'warm-actor' .*random.* learns no policy"):
+        run(recipe, folder / "out")
+    assert not (folder / "out").exists()
+    assert not any(map(_learns_nothing, ("count", "e3b*rnd", "random:0.2+noveld:0.8", {"name": "count"})))
 
 
 def test_no_recipe(tmp_path: Path) -> None:

@@ -216,9 +216,10 @@ def test_a_recipe_starts_from_what_it_explored(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(SettingsError, match=message):
             run(changed(recipe, {change: 2}), out)
     assert not out.exists()
+    collect(SPEC, explorer="random", steps=320, n_envs=4, out=tmp_path / "random")
     with pytest.raises(RunError, match="explorer 'random' learns none"):
-        run(changed(recipe, {"collect.explorer": "random", "collect.settings": None}), tmp_path / "random")
-    assert not (tmp_path / "random" / "pretrain").exists()
+        run(recipe, out, data=tmp_path / "random")
+    assert not out.exists()
 
     run(recipe, out)
     rows = {row["arm"]: row for row in runs.read_jsonl(out / "finetune" / SCORES)}
