@@ -25,6 +25,7 @@ from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, WARM
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.latent import LatentVecEnv
 from rlrep.live import Watch
+from rlrep.objectives import check_objectives
 from rlrep.registry import nearest
 from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs
 from rlrep.transfer import Auxiliary, Unfreeze
@@ -133,7 +134,7 @@ def parse_arms(arms: Sequence[str | Mapping[str, Any]], algorithm: str, settings
         settings: What they share of its settings.
 
     Raises:
-        SpecError: There is no such algorithm.
+        SpecError: There is no such algorithm or objective.
         ValueError: Unknown arm or setting, two arms of one name, or a number out of range.
     """
     parsed = [Arm.parse(arm) for arm in arms]
@@ -149,6 +150,10 @@ def parse_arms(arms: Sequence[str | Mapping[str, Any]], algorithm: str, settings
             )
         if not arm.lr_scale > 0:
             raise ValueError(f"lr_scale={arm.lr_scale} of arm {arm.name!r} is not positive; 'frozen' does not learn")
+        if arm.auxiliary:
+            check_objectives(arm.auxiliary)
+        if arm.unfreeze_every is not None and arm.unfreeze_at is None:
+            raise ValueError(f"arm {arm.name!r} says unfreeze_every, and not when it begins: say unfreeze_at too")
         if arm.unfreeze_at is not None and not arm.freeze:
             raise ValueError(f"arm {arm.name!r} unfreezes layers, and freezes none: say freeze='all', or how many")
         if (arm.callbacks() or arm.freeze or arm.weight_decay is not None or arm.anchor) and arm.kind != "finetune":
@@ -191,7 +196,6 @@ def finetune(
         encoder: Pre-trained encoder, or its folder; without one only `scratch` and `random-frozen` can run. `belief`
             needs the folder of a run that trained a recurrent one too, or that recurrent encoder, whose encoder of
             single observations then serves the other arms.
-        encoder: Pre-trained encoder, or its folder; `frozen` and `finetune` need one.
         explorer: Folder of a dataset that a bonus collected, or the zip of a policy, which is trusted; `warm-actor`,
             `warm-logits` and `explorer` need one. One that saw an encoder's features needs that encoder too.
         arms: Names or mappings, see `Arm`.
