@@ -25,7 +25,6 @@ from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, WARM
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.latent import LatentVecEnv
 from rlrep.live import Watch
-from rlrep.objectives import check_objectives
 from rlrep.registry import nearest
 from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs
 from rlrep.transfer import Auxiliary, Unfreeze
@@ -97,6 +96,14 @@ class Arm:
                 f"there is no arm {given['kind']!r}.{nearest(str(given['kind']), KINDS)} "
                 f"The kinds are: {', '.join(KINDS)}; an arm of another name says which with 'kind'"
             )
+        for key in ("lr_scale", "weight_decay", "anchor"):
+            value = given.get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{key} of arm {given['name']!r} is a number, such as 1.0e-4, and not {value!r}")
+        for key in ("unfreeze_at", "unfreeze_every", "critic_steps"):
+            value = given.get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{key} of arm {given['name']!r} is a whole number of steps, and not {value!r}")
         return cls(**given)
 
     @property
@@ -150,8 +157,6 @@ def parse_arms(arms: Sequence[str | Mapping[str, Any]], algorithm: str, settings
             )
         if not arm.lr_scale > 0:
             raise ValueError(f"lr_scale={arm.lr_scale} of arm {arm.name!r} is not positive; 'frozen' does not learn")
-        if arm.auxiliary:
-            check_objectives(arm.auxiliary)
         if arm.unfreeze_every is not None and arm.unfreeze_at is None:
             raise ValueError(f"arm {arm.name!r} says unfreeze_every, and not when it begins: say unfreeze_at too")
         if arm.unfreeze_at is not None and not arm.freeze:

@@ -21,7 +21,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from rlrep.interop import env_actions
-from rlrep.objectives import Objective, make_objective
+from rlrep.objectives import Objective, check_objectives, make_objective
 from rlrep.sb3 import EncoderExtractor, reordering
 from rlrep.types import Batch, RlrepError, SpaceError, Tree, tree_leaves, tree_map
 
@@ -119,6 +119,7 @@ class Auxiliary(BaseCallback):
         super().__init__()
         if batch_size < 1 or every < 1:
             raise ValueError(f"batch_size and every must be at least 1, not {batch_size} and {every}")
+        check_objectives(objectives)
         self.objectives, self.batch_size, self.every = objectives, batch_size, every
         self._learners: list[_Learner] = []
 
@@ -126,6 +127,7 @@ class Auxiliary(BaseCallback):
         extractors = _trainable(self.model, "train")
         # Of a call that was interrupted.
         self._on_training_end()
+        self._learners = []
         normalizer = self.model.get_vec_normalize_env()
         if normalizer is not None and normalizer.norm_obs:
             raise SpaceError("the encoder takes raw observations: use VecNormalize(norm_obs=False)")
@@ -141,7 +143,6 @@ class Auxiliary(BaseCallback):
     def _on_training_end(self) -> None:
         for learner in self._learners:
             learner.detach()
-        self._learners = []
 
     def _on_step(self) -> bool:
         if isinstance(self.model, OnPolicyAlgorithm):

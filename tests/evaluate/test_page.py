@@ -183,7 +183,7 @@ def test_words_of_others_are_no_markup():
     read = Read(to_html(shown))
     assert read.tags["b"] == 0
     assert read.text.count("<b>&\"'</b> | x") >= 8
-    assert "| <b>&\"'</b> \\| `x` | n |" in to_markdown(shown)
+    assert "| \\<b>&\"'\\</b> \\| `x` | n |" in to_markdown(shown)
 
 
 @pytest.fixture(scope="module")
