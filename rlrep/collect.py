@@ -45,7 +45,7 @@ from rlrep.intrinsic import Alongside, IntrinsicReward, WithContext
 from rlrep.latent import LatentVecEnv
 from rlrep.recorder import Recorder, ground_truth
 from rlrep.registry import nearest
-from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs
+from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs, policy_name
 from rlrep.types import (
     Episode,
     RunError,
@@ -490,10 +490,9 @@ def _learn(
     """Lets an algorithm learn from the bonus until the session ends; first, random steps settle the statistics."""
     extra = dict(settings.pop("policy_kwargs", {}))
     cls = get_algorithm(algorithm)
-    head = "MultiInput" if spaces.kind(env.observation_space) == "dict" else "Mlp"
     try:
         model = cls(
-            f"{head}LstmPolicy" if algorithm.lower() == "recurrentppo" else f"{head}Policy",
+            policy_name(cls, env.observation_space),
             env,
             policy_kwargs=policy_kwargs(network, algorithm, mode="scratch", **extra),
             seed=seed,

@@ -26,7 +26,7 @@ from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.latent import LatentVecEnv
 from rlrep.live import Watch
 from rlrep.registry import nearest
-from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs
+from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs, policy_name
 from rlrep.transfer import Auxiliary, Unfreeze
 from rlrep.types import RunError
 from rlrep.warm import CriticFirst, Explorer, Start, check_explorer, load_explorer, warm_start
@@ -422,13 +422,12 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
         return model, evaluation
     if arm.kind in ("frozen", "random-frozen", BELIEF):
         env, evaluation = (LatentVecEnv(each, encoder, device=job["device"]) for each in (env, evaluation))
-        policy = "MlpPolicy"
     else:
         mode: Literal["finetune", "scratch"] = "finetune" if arm.pretrained else "scratch"
         shift = arm.shift if arm.kind == "augment" else 0
         extra = policy_kwargs(encoder, job["algorithm"], mode=mode, shift=shift, **arm.transfer, **extra)
-        policy = "MultiInputPolicy" if spaces.kind(env.observation_space) == "dict" else "MlpPolicy"
     algorithm = get_algorithm(job["algorithm"])
+    policy = policy_name(algorithm, env.observation_space)
     model = algorithm(policy, env, seed=job["seed"], policy_kwargs=extra, device=job["device"], **settings)
     return model, evaluation
 

@@ -169,6 +169,13 @@ def get_algorithm(algorithm: str | type[BaseAlgorithm]) -> type[BaseAlgorithm]:
     )
 
 
+def policy_name(cls: type[BaseAlgorithm], space: Space) -> str:
+    """Returns what SB3 calls the policy of an algorithm for observations of `space`: `"MlpPolicy"`, for one."""
+    head = "MultiInput" if isinstance(space, gym_spaces.Dict) else "Mlp"
+    recurrent = f"{head}LstmPolicy"
+    return recurrent if recurrent in cls.policy_aliases else f"{head}Policy"
+
+
 def check_settings(cls: type[BaseAlgorithm], settings: Iterable[str]) -> None:
     """Checks that an algorithm's constructor has these settings, beside those that rlrep passes itself.
 

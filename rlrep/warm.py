@@ -23,12 +23,12 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtr
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from rlrep import runs, spaces
+from rlrep import runs
 from rlrep.collect import EXPLORER, POLICY
 from rlrep.dataset import COMMIT, META, PARTS
 from rlrep.encoders import Encoder
 from rlrep.explore.policy import check_spaces, load_policy
-from rlrep.sb3 import EncoderExtractor, algorithms, get_algorithm
+from rlrep.sb3 import EncoderExtractor, algorithms, get_algorithm, policy_name
 from rlrep.types import RlrepError, RunError, SpaceError, Tree
 
 Start = Literal["warm-actor", "warm-logits"]
@@ -220,8 +220,7 @@ def warm_start(
     """
     model, cls = explorer.load(device), get_algorithm(algorithm)
     layers = _layers(model)
-    head = "MultiInput" if spaces.kind(env.observation_space) == "dict" else "Mlp"
-    policy: Any = f"{head}LstmPolicy" if algorithm.lower() == "recurrentppo" else f"{head}Policy"
+    policy: Any = policy_name(cls, env.observation_space)
     if start == "warm-logits":
         policy = _added_logits(cls.policy_aliases[policy])
         layers = _beside(layers, cast(gym_spaces.Discrete, env.action_space))

@@ -57,6 +57,13 @@ def test_every_arm_is_trained_and_scored(encoder: Encoder, tmp_path: Path) -> No
         finetune(SPEC, encoder=encoder, out=tmp_path / "run", seeds=(3,), **{**SMALL, "steps": 512})
 
 
+def test_a_recurrent_algorithm_trains_on_observations_and_on_features(encoder: Encoder, tmp_path: Path) -> None:
+    pytest.importorskip("sb3_contrib")
+    small = {**SMALL, "steps": 64, "eval_every": 64, "algorithm": "recurrentppo"}
+    out = finetune(SPEC, encoder=encoder, out=tmp_path / "run", seeds=(3,), arms=["scratch", "frozen"], **small)
+    assert {row["arm"] for row in read_jsonl(out / SCORES) if row["last"]} == {"scratch", "frozen"}
+
+
 def test_a_memory_is_an_arm(tmp_path: Path) -> None:
     space, action_space = (getattr(make_vec_env(SPEC), name) for name in ("observation_space", "action_space"))
     torch.manual_seed(0)

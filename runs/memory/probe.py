@@ -27,6 +27,17 @@ CELLS, REPORT = "probe.jsonl", "probe.md"
 
 
 @dataclasses.dataclass(frozen=True)
+class Policies:
+    """What `policies.py` trains on the features of one of the arms."""
+
+    tasks: list[str]
+    model: str
+    seeds: list[int]
+    finetune: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What `plan.yaml` says."""
 
@@ -35,6 +46,7 @@ class Plan:
     arms: dict[str, dict[str, Any]]
     pretrain: dict[str, Any]
     seeds: list[int]
+    policies: Policies
 
 
 Cell = dict[str, Any]

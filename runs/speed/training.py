@@ -79,10 +79,10 @@ def env() -> VecEnv:
     return make_vec_env(SPEC, N_ENVS, factors=False)
 
 
-def latent_env() -> VecEnv:
+def latent_env(encoder: str = "auto") -> VecEnv:
     """The same, showing an encoder's features."""
     plain = env()
-    return rlrep.LatentVecEnv(plain, rlrep.make_encoder("auto", plain.observation_space))
+    return rlrep.LatentVecEnv(plain, rlrep.make_encoder(encoder, plain.observation_space, plain.action_space))
 
 
 def policies() -> dict[str, Any]:
@@ -124,6 +124,22 @@ def rows(folder: Path) -> Iterator[Row]:
     if importlib.util.find_spec("sb3_contrib"):
         from sb3_contrib import RecurrentPPO
 
-        recurrent = RecurrentPPO("MlpLstmPolicy", latent_env(), **SETTINGS)
-        what = "PPO on frozen features, against RecurrentPPO on the same features"
-        yield compare(what, "", lambda: frozen.learn(4096), lambda: recurrent.learn(4096), rounds=3)
+        belief = PPO("MlpPolicy", latent_env("recurrent"), **SETTINGS)
+        kwargs = rlrep.policy_kwargs(
+            rlrep.make_encoder("auto", env().observation_space), "recurrentppo", mode="scratch"
+        )
+        for other, aim, recurrent in [
+            (
+                "RecurrentPPO end to end",
+                "at least 6",
+                RecurrentPPO("MlpLstmPolicy", env(), policy_kwargs=kwargs, **SETTINGS),
+            ),
+            ("RecurrentPPO on frozen features", "", RecurrentPPO("MlpLstmPolicy", latent_env(), **SETTINGS)),
+        ]:
+            yield compare(
+                f"PPO on belief features, against {other}",
+                aim,
+                lambda: belief.learn(4096),
+                lambda recurrent=recurrent: recurrent.learn(4096),
+                rounds=3,
+            )
