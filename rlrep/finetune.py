@@ -96,6 +96,14 @@ class Arm:
                 f"there is no arm {given['kind']!r}.{nearest(str(given['kind']), KINDS)} "
                 f"The kinds are: {', '.join(KINDS)}; an arm of another name says which with 'kind'"
             )
+        for key in ("lr_scale", "weight_decay", "anchor"):
+            value = given.get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{key} of arm {given['name']!r} is a number, such as 1.0e-4, and not {value!r}")
+        for key in ("unfreeze_at", "unfreeze_every", "critic_steps"):
+            value = given.get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{key} of arm {given['name']!r} is a whole number of steps, and not {value!r}")
         return cls(**given)
 
     @property
@@ -133,7 +141,7 @@ def parse_arms(arms: Sequence[str | Mapping[str, Any]], algorithm: str, settings
         settings: What they share of its settings.
 
     Raises:
-        SpecError: There is no such algorithm.
+        SpecError: There is no such algorithm or objective.
         ValueError: Unknown arm or setting, two arms of one name, or a number out of range.
     """
     parsed = [Arm.parse(arm) for arm in arms]
@@ -149,6 +157,8 @@ def parse_arms(arms: Sequence[str | Mapping[str, Any]], algorithm: str, settings
             )
         if not arm.lr_scale > 0:
             raise ValueError(f"lr_scale={arm.lr_scale} of arm {arm.name!r} is not positive; 'frozen' does not learn")
+        if arm.unfreeze_every is not None and arm.unfreeze_at is None:
+            raise ValueError(f"arm {arm.name!r} says unfreeze_every, and not when it begins: say unfreeze_at too")
         if arm.unfreeze_at is not None and not arm.freeze:
             raise ValueError(f"arm {arm.name!r} unfreezes layers, and freezes none: say freeze='all', or how many")
         if (arm.callbacks() or arm.freeze or arm.weight_decay is not None or arm.anchor) and arm.kind != "finetune":

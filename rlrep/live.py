@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from tqdm import tqdm
@@ -119,18 +120,20 @@ class Watch:
         table = Table(
             "arm", "finished", "solved", "steps", "return", f"mean return, 0 to {self.steps:,} steps", box=None
         )
-        highest = max([self.threshold, *(row["return"] for rows in self._runs.values() for row in rows)])
-        lowest = min([0.0, *(row["return"] for rows in self._runs.values() for row in rows)])
+        # A thread draws this while scores come; copying at once is safe from that.
+        known = [(name, tuple(rows)) for (name, _), rows in list(self._runs.items())]
+        returns = [row["return"] for _, rows in known for row in rows if math.isfinite(row["return"])]
+        highest, lowest = max([self.threshold, *returns]), min([0.0, *returns])
         for arm in self.arms:
-            runs = [rows for (name, _), rows in self._runs.items() if name == arm and rows]
+            runs = [rows for name, rows in known if name == arm and rows]
             solved = sum(any(row["return"] >= self.threshold for row in rows) for rows in runs)
-            latest = float(iqm([rows[-1]["return"] for rows in runs])) if runs else math.nan
+            latest = [rows[-1]["return"] for rows in runs if math.isfinite(rows[-1]["return"])]
             table.add_row(
-                arm,
+                escape(arm),
                 f"{sum(bool(rows[-1].get('last')) for rows in runs)}/{self.n_seeds}",
                 str(solved),
                 f"{max((rows[-1]['steps'] for rows in runs), default=0):,}",
-                f"{latest:.2f}" if runs else "",
+                f"{float(iqm(latest)):.2f}" if latest else "",
                 sparkline(*mean_curve(runs, self.steps), lowest, highest),
             )
         return Group(table, self._progress)

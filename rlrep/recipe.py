@@ -22,7 +22,7 @@ from rlrep.encoders import Encoder
 from rlrep.encoders.recurrent import BELIEF
 from rlrep.evaluate.dreams import dream
 from rlrep.evaluate.probes import probe
-from rlrep.evaluate.report import report
+from rlrep.evaluate.report import check_free, report
 from rlrep.evaluate.summary import Summary
 from rlrep.explore import Actor, explorers
 from rlrep.fanout import JobFailure, Send, map_jobs
@@ -101,9 +101,10 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
 
     Raises:
         SettingsError: Policies are to start from an explorer, and there are several, or it learns nothing.
-        RunError: They are to, and what explored in `data` learnt nothing.
+        RunError: They are to, and what explored in `data` learnt nothing; or there is a report that is not by rlrep.
     """
     out = Path(out)
+    check_free(out)
     # A wrong arm would else be found after hours of collecting and pre-training.
     arms = parse_arms(recipe.finetune.arms, recipe.finetune.algorithm, recipe.finetune.settings or {})
     if any(arm.kind == BELIEF for arm in arms) and not _trains_a_memory(recipe.pretrain.objectives):
@@ -206,6 +207,7 @@ def sweep(
         RunError: Some combination failed; the report on the others is written.
     """
     out = Path(out).resolve()
+    check_free(out)
     points = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
     named = {_name(point): changed(recipe, point) for point in points}
     if len(named) < len(points) or not points or not values:

@@ -21,7 +21,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from rlrep.interop import env_actions
-from rlrep.objectives import Objective, make_objective
+from rlrep.objectives import Objective, check_objectives, make_objective
 from rlrep.sb3 import EncoderExtractor, reordering
 from rlrep.types import Batch, RlrepError, SpaceError, Tree, tree_leaves, tree_map
 
@@ -119,16 +119,20 @@ class Auxiliary(BaseCallback):
         super().__init__()
         if batch_size < 1 or every < 1:
             raise ValueError(f"batch_size and every must be at least 1, not {batch_size} and {every}")
+        check_objectives(objectives)
         self.objectives, self.batch_size, self.every = objectives, batch_size, every
+        self._learners: list[_Learner] = []
 
     def _on_training_start(self) -> None:
         extractors = _trainable(self.model, "train")
+        # Of a call that was interrupted.
+        self._on_training_end()
+        self._learners = []
         normalizer = self.model.get_vec_normalize_env()
         if normalizer is not None and normalizer.norm_obs:
             raise SpaceError("the encoder takes raw observations: use VecNormalize(norm_obs=False)")
         self._steps: _Steps | None = None
         self._ends: list[tuple[int, int, Tree, bool]] = []
-        self._learners: list[_Learner] = []
         optimizers = {id(found): found for found in map(_optimizer, self.model.policy.modules()) if found is not None}
         for optimizer in optimizers.values():
             moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -175,7 +179,9 @@ class _Learner:
         model = callback.model
         self.callback, self.optimizer = callback, optimizer
         self.seed = [model.seed or 0, index]
-        with torch.random.fork_rng(devices=[]):
+        # Seeding reaches the generator of the agent's device too.
+        self.forked = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=self.forked):
             torch.manual_seed(self._seed(0))
             objective = make_objective(callback.objectives, extractor.encoder, model.action_space)
         self.objective: Objective = objective.to(model.device)
@@ -215,7 +221,7 @@ class _Learner:
         if batch is None:
             return
         batch = dataclasses.replace(batch, obs=self.turned(batch.obs))
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=self.forked), torch.enable_grad():
             torch.manual_seed(seed)
             loss, metrics = self.objective(batch.to(self.callback.model.device))
             if not math.isfinite(float(loss.detach())):

@@ -183,6 +183,9 @@ def build(cls: type[BaseAlgorithm], venv: VecEnv, policy_kwargs: dict[str, Any],
     policy = "MultiInputPolicy" if isinstance(venv.observation_space, spaces.Dict) else "MlpPolicy"
     policy = policy.replace("Policy", "LstmPolicy") if cls is RecurrentPPO else policy
     settings = {**SETTINGS[cls], **settings}
+    if cls in CONTINUOUS:
+        # Theirs have up to a thousand units a layer, which takes time and shows nothing.
+        policy_kwargs = {"net_arch": [32, 32], **policy_kwargs}
     return cls(policy, venv, policy_kwargs=policy_kwargs, seed=0, device="cpu", **settings)
 
 

@@ -21,7 +21,9 @@ from rlrep.types import RlrepError, RunError, SpaceError, tree_map
 def on_features(cls: type[BaseAlgorithm], space: str, **kwargs: Any) -> BaseAlgorithm:
     """An agent that was trained a little on features computed outside of it."""
     model = build(cls, LatentVecEnv(venv_of(space, cls), encoder_of(space)), kwargs)
-    return model.learn(40)
+    model.learn(40)
+    assert model._n_updates > 0
+    return model
 
 
 def observations(space: str, n: int = 5) -> Any:

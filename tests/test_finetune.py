@@ -192,6 +192,10 @@ def test_an_arm_says_how_its_encoder_learns(encoder: Encoder, tmp_path: Path) ->
         ({**arm, "freeze": 9}, "'grid' has 4, so 0 to 4"),
         ({**arm, "unfreeze_at": -1}, "must not be negative"),
         ({**arm, "freeze": 0}, "unfreezes layers, and freezes none"),
+        ({**arm, "unfreeze_at": None}, "say unfreeze_at too"),
+        ({**arm, "anchor": "1e-2"}, "anchor of arm 'gently' is a number, such as 1.0e-4, and not '1e-2'"),
+        ({**arm, "unfreeze_at": "64"}, "unfreeze_at of arm 'gently' is a whole number of steps"),
+        ({**arm, "auxiliary": ["inverze"]}, "Did you mean 'inverse'"),
     ):
         with pytest.raises(ValueError, match=message):
             finetune(SPEC, encoder=encoder, out=tmp_path / "wrong", arms=[wrong], seeds=(0,), **SMALL)

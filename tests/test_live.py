@@ -52,8 +52,9 @@ def test_tensorboard_has_every_evaluation_once(tmp_path):
 def test_a_terminal_shows_a_curve_an_arm(tmp_path):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=110, color_system=None)
-    with Watch(tmp_path / "tb", ["frozen", "scratch"], 2, 300, 0.5, console=console) as watch:
-        for row in [*rows("frozen", 0, [0.0, 0.5, 1.0]), *rows("frozen", 1, [0.0, 0.5, 0.8])[:2]]:
+    with Watch(tmp_path / "tb", ["frozen", "scratch", "slow [a]"], 2, 300, 0.5, console=console) as watch:
+        lost = rows("slow [a]", 0, [np.nan, np.nan])[:1]
+        for row in [*rows("frozen", 0, [0.0, 0.5, 1.0]), *rows("frozen", 1, [0.0, 0.5, 0.8])[:2], *lost]:
             watch.add(row)
         watch.say("arm scratch, seed 0 failed: [out of memory]")
     shown = screen.getvalue()
@@ -62,8 +63,10 @@ def test_a_terminal_shows_a_curve_an_arm(tmp_path):
     assert line.split()[:5] == ["frozen", "1/2", "2", "300", "0.75"]
     assert "▁" in line
     assert "█" in line
-    assert "finetune (4 runs)" in shown
-    assert "42%" in shown  # 500 of 1,200 steps
+    line = [line for line in shown.splitlines() if "slow [a]" in line][-1]
+    assert line.split() == ["slow", "[a]", "0/2", "0", "100"], "a return that is no number is none, and stops nothing"
+    assert "finetune (6 runs)" in shown
+    assert "33%" in shown  # 600 of 1,800 steps
 
 
 def test_elsewhere_there_is_a_bar(tmp_path, capsys):

@@ -9,8 +9,9 @@ import pytest
 
 from rlrep import cli, runs
 from rlrep.encoders import load_encoder
-from rlrep.recipe import Recipe, _learns_nothing, _name, _trains_a_memory, load_recipe, on_ray, run
+from rlrep.recipe import Recipe, _learns_nothing, _name, _trains_a_memory, load_recipe, on_ray, run, sweep
 from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml
+from rlrep.types import RunError
 
 ROOT = Path(__file__).parent.parent
 
@@ -160,7 +161,19 @@ def test_swept_settings_are_checked_before_anything_runs(folder: Path, capsys: p
 
 
 def test_a_wrong_arm_is_found_before_anything_is_collected(folder: Path) -> None:
-    recipe = changed(load_recipe(folder), {"finetune.arms": ["scrach"]})
-    with pytest.raises(ValueError, match="Did you mean 'scratch'"):
-        run(recipe, folder / "out")
+    tuned = {"name": "finetune", "auxiliary": ["spr:lags=3"]}
+    for arm, message in (("scrach", "Did you mean 'scratch'"), (tuned, "objective 'spr' has no option 'lags'")):
+        recipe = changed(load_recipe(folder), {"finetune.arms": [arm]})
+        with pytest.raises(ValueError, match=message):
+            run(recipe, folder / "out")
     assert not (folder / "out").exists()
+
+
+def test_a_report_that_is_not_ours_is_found_before_anything_is_collected(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "report.md").write_text("mine\n")
+    with pytest.raises(RunError, match=r"report\.md is not a report of rlrep"):
+        run(load_recipe(folder), folder / "out")
+    with pytest.raises(RunError, match=r"report\.md is not a report of rlrep"):
+        sweep(load_recipe(folder), {"finetune.steps": [64, 128]}, folder / "out")
+    assert [path.name for path in (folder / "out").iterdir()] == ["report.md"]

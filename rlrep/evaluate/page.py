@@ -150,7 +150,9 @@ def _environment(autoescape: bool) -> jinja2.Environment:
 def _markdown_cell(cell: Cell | str) -> str:
     value, aside = cell if isinstance(cell, tuple) else (cell, "")
     text = f"{value} ({aside})" if aside else value
-    return text.replace("|", "\\|").replace("\n", " ")
+    # Between backticks it is code, where only the bar means something.
+    parts = text.replace("|", "\\|").replace("\n", " ").split("`")
+    return "`".join(part if i % 2 else re.sub(r"([*<])", r"\\\1", part) for i, part in enumerate(parts))
 
 
 def _prose(text: str) -> Markup:

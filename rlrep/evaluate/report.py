@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rlrep import runs
@@ -54,7 +55,7 @@ def report(
     """
     summary = summarise(run_dirs, threshold, baseline)
     folder = Path(out) if out is not None else next(iter(summary.folders.values())).path
-    _check_free(folder, "report", overwrite)
+    check_free(folder, "report", overwrite)
     evidence = {name: gather(task, stages) for name, task in summary.folders.items()}
     page = Page(
         title="Did pre-training help?",
@@ -95,7 +96,7 @@ def compare(
     summary = side_by_side(run_dirs, threshold, baseline)
     if out is not None:
         folder = Path(out)
-        _check_free(folder, "comparison", overwrite)
+        check_free(folder, "comparison", overwrite)
         evidence = {name: gather(task, stages) for name, task in summary.folders.items()}
         page = Page(
             title="Which run was the soonest?",
@@ -136,8 +137,12 @@ def _files(name: str) -> tuple[str, str, str]:
     return f"{name}.html", f"{name}.md", "curves.png" if name == "report" else f"{name}.png"
 
 
-def _check_free(folder: Path, name: str, overwrite: bool) -> None:
-    """Complains before any work is done if a report cannot or must not be written there."""
+def check_free(folder: Path, name: str = "report", overwrite: bool = False) -> None:
+    """Complains before any work is done if a report cannot or must not be written there.
+
+    Raises:
+        RunError: A file there is not by rlrep, or the folder cannot be written to.
+    """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; the report needs a folder")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -148,7 +153,10 @@ def _check_free(folder: Path, name: str, overwrite: bool) -> None:
         if path.is_dir():
             raise RunError(f"{path} is a folder; name another one with out")
         if path.exists() and not overwrite and MARK.encode() not in path.read_bytes():
-            raise RunError(f"{path} is not a report of rlrep; name another folder with out, or pass overwrite")
+            raise RunError(
+                f"{path} is not a report of rlrep, or of an older version: move it away, or name another folder with "
+                "out (rlrep report and compare can overwrite it)"
+            )
 
 
 def _write(page: Page, folder: Path, name: str) -> None:
@@ -175,7 +183,7 @@ def _print(summary: Summary) -> None:
     # What sums up stands last, where the eye is.
     for arms, tasks, title in [*others, first]:
         table = Table(
-            title=title,
+            title=escape(title),
             title_justify="left",
             title_style="bold",
             box=SIMPLE_HEAD,
@@ -186,7 +194,7 @@ def _print(summary: Summary) -> None:
         for heading in rows[0]:
             table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading != "arm")
         for row in rows:
-            table.add_row(*row.values())
+            table.add_row(*map(escape, row.values()))
         console.print(table)
     for line in sections.legend(summary):
         console.print(line, style="dim", markup=False, highlight=False)

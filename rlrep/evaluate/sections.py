@@ -473,7 +473,10 @@ def settings_apart(summary: Summary) -> list[Section]:
 
 def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings with arms by their names, without what only measures the encoder."""
-    arms = {arm["name"]: {key: value for key, value in arm.items() if key != "name"} for arm in settings["arms"]}
+    # What an arm does not use, and older runs do not know, is no difference.
+    arms = {
+        arm["name"]: {key: value for key, value in arm.items() if value and key != "name"} for arm in settings["arms"]
+    }
     encoder = {key: value for key, value in (settings.get("encoder") or {}).items() if key != "pretrain_seconds"}
     return {**settings, "arms": arms, "encoder": encoder}
 

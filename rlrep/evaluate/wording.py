@@ -72,11 +72,16 @@ def answer(arms: Sequence[ArmSummary], tasks: Sequence[Task], baseline: ArmSumma
 
 def standing(arms: Sequence[ArmSummary], tasks: Sequence[Task], baseline: ArmSummary | None) -> str:
     """Returns one sentence that says which of many arms was the soonest, and how sure that is."""
-    first = min(arms, key=slowness)
-    if not first.n_solved:
+    # An explorer is never trained with reward, so it cannot be sooner.
+    trained = [arm for arm in arms if arm.kind != EXPLORER]
+    if not any(arm.n_solved for arm in trained):
         return f"No arm reached its threshold within {_budget(tasks)}."
-    if baseline is None:
-        return f"The soonest was `{first.name}`: it {_reached(first, tasks)}. No arm was trained from scratch."
+    first = min(trained, key=slowness)
+    if first.steps is None or math.isinf(first.steps.point):
+        counts = ", ".join(f"`{arm.name}` {arm.n_solved} of {len(arm.finished)}" for arm in trained)
+        return f"Which is the soonest cannot be told: too few runs reached their threshold ({counts})."
+    if baseline is None or not baseline.finished:
+        return f"The soonest was `{first.name}`: it {_reached(first, tasks)}. No arm has finished from scratch."
     if first.name == baseline.name:
         return f"None was sooner than `{first.name}`, which {_reached(first, tasks)}."
     sure = {

@@ -10,15 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces as gym_spaces
 from gymnasium.spaces import Space
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
-from stable_baselines3.common.vec_env import VecTransposeImage
 
 from rlrep import spaces
 from rlrep.explore.base import Actor, explorers
-from rlrep.sb3 import algorithms, get_algorithm
+from rlrep.sb3 import algorithms, get_algorithm, shown_by_sb3
 from rlrep.types import RlrepError, Tree
 
 
@@ -76,9 +73,7 @@ def load_policy(path: str | Path, algorithm: str | None = None) -> tuple[Path, B
     """
     file = next((p for p in (Path(path), Path(f"{path}.zip")) if p.is_file()), None)
     if file is None:
-        raise RlrepError(
-            f"an explorer's policy is a zip saved by Stable-Baselines3, and there is no file {str(path)!r}"
-        )
+        raise RlrepError(f"a policy is a zip saved by Stable-Baselines3, and there is no file {str(path)!r}")
     cls = get_algorithm(algorithm) if algorithm else _algorithm_of(file)
     try:
         return file, cls.load(file, device="cpu")
@@ -94,18 +89,9 @@ def check_spaces(model: BaseAlgorithm, observation_space: Space, action_space: S
     """
     own = model.observation_space
     # SB3 turns what it takes for a picture channels-first, and turns observations likewise in `predict`.
-    if own != _turned(observation_space):
+    if own != shown_by_sb3(observation_space):
         spaces.check_same(observation_space, own, f"{name} was trained on observations")
     spaces.check_same(action_space, model.action_space, f"{name} was trained with actions")
-
-
-def _turned(space: Space) -> Space:
-    """Returns the observation space of a policy that SB3 trained on `space`."""
-    if isinstance(space, gym_spaces.Dict):
-        return gym_spaces.Dict({key: _turned(sub) for key, sub in space.spaces.items()})
-    if isinstance(space, gym_spaces.Box) and is_image_space(space) and not is_image_space_channels_first(space):
-        return VecTransposeImage.transpose_space(space)
-    return space
 
 
 def _algorithm_of(file: Path) -> type[BaseAlgorithm]:

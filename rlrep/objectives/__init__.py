@@ -1,5 +1,5 @@
 """Objectives: reward-free losses over trajectory segments. One file a family."""
 
-from rlrep.objectives.base import Objective, Sum, make_objective, objectives
+from rlrep.objectives.base import Objective, Sum, check_objectives, make_objective, objectives
 
-__all__ = ["Objective", "Sum", "make_objective", "objectives"]
+__all__ = ["Objective", "Sum", "check_objectives", "make_objective", "objectives"]

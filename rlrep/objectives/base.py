@@ -137,21 +137,40 @@ def make_objective(specs: Spec | Sequence[Spec], encoder: Encoder, action_space:
     Raises:
         SpecError: No objective, an unknown one, one named twice, or a weight that is not positive.
     """
+    terms = [
+        (weight, objectives.build(options, encoder=encoder, action_space=action_space))
+        for weight, options in _parse(specs)
+    ]
+    names = [objective.name for _, objective in terms]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SpecError(f"objective {sorted(twice)[0]!r} is named twice; give it once, with the weight it should have")
+    return Sum(terms)
+
+
+def check_objectives(specs: Spec | Sequence[Spec]) -> None:
+    """Checks the specs of objectives, as far as that can be done without encoder and actions.
+
+    Raises:
+        SpecError: No objective, an unknown one or an unknown option, or a weight that is not positive.
+    """
+    for _, options in _parse(specs):
+        objectives.parse(options)
+
+
+def _parse(specs: Spec | Sequence[Spec]) -> list[tuple[float, dict[str, Any]]]:
+    """Returns each objective's weight and the rest of its spec."""
     if not isinstance(specs, str | Mapping | Sequence):
         raise SpecError(f"objectives are specs such as 'ae', or a list of them, not {specs!r}")
-    terms: list[tuple[float, Objective]] = []
+    found: list[tuple[float, dict[str, Any]]] = []
     for spec in [specs] if isinstance(specs, str | Mapping) else specs:
         options = _as_mapping(spec)
         weight = options.pop("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise SpecError(f"the weight of objective {spec!r} must be a positive number, not {weight!r}")
-        terms.append((weight, objectives.build(options, encoder=encoder, action_space=action_space)))
-    if not terms:
+        found.append((weight, options))
+    if not found:
         raise SpecError(f"name at least one objective: {', '.join(objectives.names())}")
-    names = [objective.name for _, objective in terms]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise SpecError(f"objective {sorted(twice)[0]!r} is named twice; give it once, with the weight it should have")
-    return Sum(terms)
+    return found
 
 
 def _as_mapping(spec: Spec) -> dict[str, Any]:

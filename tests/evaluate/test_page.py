@@ -183,7 +183,7 @@ def test_words_of_others_are_no_markup():
     read = Read(to_html(shown))
     assert read.tags["b"] == 0
     assert read.text.count("<b>&\"'</b> | x") >= 8
-    assert "| <b>&\"'</b> \\| `x` | n |" in to_markdown(shown)
+    assert "| \\<b>&\"'\\</b> \\| `x` | n |" in to_markdown(shown)
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +267,8 @@ def test_runs_side_by_side(scored, tmp_path, capsys, monkeypatch):
     shutil.copytree(scored, other)
     record = runs.read_json(other / "run.json")
     record["settings"]["encoder"] |= {"objectives": ["spr"], "reward_free_steps": 120_000}
+    # Settings that the other run was made too early to know, and that are off.
+    record["settings"]["arms"][0] |= {"freeze": 0, "weight_decay": None, "anchor": 0.0, "auxiliary": []}
     runs.write_json(other / "run.json", record)
     rows = runs.read_jsonl(other / "scores.jsonl")
     kept = [row | {"return": row["return"] / 2} if row["arm"] == "frozen" else row for row in rows]

@@ -10,7 +10,7 @@ from report_cases import BUDGET, ENV, FROZEN, INF, NEVER, SCRATCH, curve, write_
 
 from rlrep import runs
 from rlrep.evaluate.report import report
-from rlrep.evaluate.summary import summarise
+from rlrep.evaluate.summary import side_by_side, summarise
 from rlrep.types import RunError
 
 
@@ -327,3 +327,34 @@ def test_warm_starts_are_charged_their_explorers_steps_and_the_explorer_alone_is
     summary = summarise(folder)
     assert arm(summary, "warm-logits").speed_up_charged.point == pytest.approx(310 / (140 + 180 + 900))
     assert summary.answer.endswith("but `explorer` reaches it in 5 of 5 runs without any reward.")
+
+
+def test_which_of_many_was_the_soonest(make_run):
+    """An explorer that solves it untrained, runs that few solved, and a baseline that has not finished."""
+    alone = [{"steps": 0, "return": 0.9, "std": 0.1, "episodes": 20, "success": 1.0, "seconds": 0.0, "last": True}]
+    explorer = {"name": "count", "algorithm": "ppo", "digest": "fed987", "reward_free_steps": 60_000, "features": None}
+    arms = {"scratch": SCRATCH, "warm-actor": FROZEN, "explorer": dict.fromkeys(range(5), alone)}
+    found = side_by_side([make_run(arms, "warm", explorer=explorer)])
+    assert found.answer.startswith("The soonest was `warm: warm-actor`: it reached a return of 0.8 after 46,667")
+    few = side_by_side([make_run({"scratch": NEVER, "frozen": {**NEVER, 0: 50_000}}, "few")])
+    assert "`few: frozen` 1 of 5" in few.answer
+    assert few.answer.startswith("Which is the soonest cannot be told")
+    none = side_by_side([make_run({"scratch": NEVER, "frozen": NEVER}, "none")])
+    assert none.answer.startswith("No arm reached its threshold")
+    open_ = side_by_side(
+        [make_run({"scratch": {0: curve(INF, 0, until=50_000)}, "frozen": FROZEN}, "open", finished=False)]
+    )
+    assert open_.answer.startswith("The soonest was `open: frozen`")
+    assert open_.answer.endswith("No arm has finished from scratch.")
+
+
+def test_names_are_shown_as_they_are(make_run, capsys):
+    folder = make_run(
+        {"scratch": SCRATCH, "slow [a]": FROZEN, "a*b*c": FROZEN}, kinds={"slow [a]": "frozen", "a*b*c": "finetune"}
+    )
+    report(folder)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if "slow [a]" in line and "5/5" in line]
+    rows = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith("| a")]
+    assert rows[0].startswith("| arm |")
+    assert all(line.startswith(("| arm |", r"| a\*b\*c |")) for line in rows)
