@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text()
 
 SMALLER = {
     r"steps=100_000": "steps=1024",
-    r"learn\(100_000\)": "learn(2048)",
+    r"learn\(100_000": "learn(2048",
     r"out=\"doorkey/encoder\"": 'out="doorkey/encoder", updates=10, batch_size=8',
     r"out=\"doorkey/memory\"": 'out="doorkey/memory", updates=2, batch_size=4',
     r"--steps 100000": "--steps 1024",
