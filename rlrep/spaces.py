@@ -126,7 +126,8 @@ class Flatten(nn.Module):
             index = obs.long().flatten(1) - torch.as_tensor(space.start, device=obs.device).reshape(-1)
             sizes = space.nvec.reshape(-1).tolist()
             return torch.cat([nn.functional.one_hot(index[:, i], n) for i, n in enumerate(sizes)], dim=1).float()
-        x = obs.flatten(1).float()
+        # A number has no axis to flatten.
+        x = obs.unsqueeze(-1).flatten(1).float()
         if isinstance(space, spaces.MultiBinary):
             return x
         if self._bounded:
