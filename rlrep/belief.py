@@ -16,6 +16,7 @@ from stable_baselines3.common.utils import get_device
 
 from rlrep import runs, spaces
 from rlrep.encoders import Encoder, RecurrentEncoder, State, load_encoder
+from rlrep.latent import check_learnt_on
 from rlrep.sb3 import algorithms, get_algorithm
 from rlrep.types import RunError, SpaceError, Tree, tree_map
 
@@ -58,24 +59,10 @@ class BeliefPolicy:
         self, encoder: str | Path | Encoder, model: BaseAlgorithm, *, device: torch.device | str = "auto"
     ) -> None:
         encoder = load_encoder(encoder)
-        features = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
-        learnt = "the model must have learnt on this encoder's features"
-        spaces.check_same(model.observation_space, features, learnt)
+        check_learnt_on(model, encoder)
         if encoder.recurrent:
             actions = cast(RecurrentEncoder, encoder).action_space
             spaces.check_same(model.action_space, actions, "this encoder was made for actions")
-        known = getattr(model.observation_space, "encoder_digest", encoder.digest())
-        if known != encoder.digest():
-            raise SpaceError(
-                f"the model learnt on the features of an encoder with digest {known[:12]}, and this one's is "
-                f"{encoder.digest()[:12]}: name the one that was around its environments"
-            )
-        normalised = model.get_vec_normalize_env()
-        if normalised is not None and normalised.norm_obs:
-            raise SpaceError(
-                "the model was trained on normalised features, whose statistics are not its own: use "
-                "VecNormalize(LatentVecEnv(venv, encoder), norm_obs=False); features have a sane scale as they are"
-            )
         self.encoder = copy.deepcopy(encoder).to(get_device(device)).eval().requires_grad_(False)
         self.model = model
         self._identity = f"{encoder.name} for {encoder.observation_space}, {encoder.digest()}"

@@ -21,12 +21,12 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_wrapper
 from torch import Tensor, nn
 
-from rlrep import runs, spaces
+from rlrep import runs
 from rlrep.encoders import Encoder, load_encoder
 from rlrep.explore.policy import load_policy
-from rlrep.latent import LatentVecEnv
+from rlrep.latent import LatentVecEnv, check_learnt_on
 from rlrep.sb3 import EncoderExtractor, policy_kwargs, reordering, shown_by_sb3
-from rlrep.types import RlrepError, RunError, SpaceError, Tree, tree_map
+from rlrep.types import RlrepError, RunError, Tree, tree_map
 
 ROWS = 2
 """Observations with which an ONNX graph is traced; it takes any number."""
@@ -86,12 +86,6 @@ def _with_encoder(model: BaseAlgorithm, encoder: str | Path | Encoder | None) ->
         if encoder is not None:
             raise RlrepError("this agent has its encoder inside already, as it was trained; leave the other one out")
         return model
-    normalizer = model.get_vec_normalize_env()
-    if normalizer is not None and normalizer.norm_obs:
-        raise SpaceError(
-            "this agent was trained on features that VecNormalize normalised, which a policy cannot: train it with "
-            "norm_obs=False"
-        )
     if encoder is None:
         latent = unwrap_vec_wrapper(model.env, LatentVecEnv) if isinstance(model.env, VecEnv) else None
         if latent is None:
@@ -105,14 +99,7 @@ def _with_encoder(model: BaseAlgorithm, encoder: str | Path | Encoder | None) ->
             f"encoder {encoder.name!r} has a memory, which SB3's policies cannot carry: rlrep.BeliefPolicy saves and "
             "loads such an agent with it"
         )
-    features = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
-    spaces.check_same(model.observation_space, features, "the encoder gives features")
-    known = getattr(model.observation_space, "encoder_digest", encoder.digest())
-    if known != encoder.digest():
-        raise SpaceError(
-            f"this agent was trained on the features of an encoder with digest {known[:12]}, and this one's is "
-            f"{encoder.digest()[:12]}"
-        )
+    check_learnt_on(model, encoder)
     # As in SB3's own `load`: a model of the same settings, given another policy.
     whole = copy.copy(model)
     whole.observation_space = shown_by_sb3(encoder.observation_space)

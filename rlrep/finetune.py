@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Space
+from gymnasium.spaces import Space
 from rlrep_envs import EnvSpec, make_vec_env
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -23,7 +23,7 @@ from rlrep.encoders import Encoder, RecurrentEncoder, load_belief, load_encoder,
 from rlrep.encoders.recurrent import BELIEF
 from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, WARM
 from rlrep.fanout import JobFailure, Send, map_jobs
-from rlrep.latent import LatentVecEnv
+from rlrep.latent import LatentVecEnv, features_space
 from rlrep.live import Watch
 from rlrep.registry import nearest
 from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs, policy_name
@@ -272,7 +272,7 @@ def finetune(
         starts = {arm.name: cast(Start, arm.kind) for arm in parsed if arm.kind in WARM}
         asked = {arm.name: {**(settings or {}), **arm.settings}.get("policy_kwargs") or {} for arm in parsed}
         acted_on = _acted_on(explored, pretrained, belief)
-        seen = space if acted_on is None else Box(-np.inf, np.inf, (acted_on.features_dim,), np.float32)
+        seen = space if acted_on is None else features_space(acted_on)
         network = check_explorer(explored, starts, algorithm, asked, seen, action_space)
     record = {
         "env": str(spec),

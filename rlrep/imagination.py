@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from gymnasium import spaces as gym_spaces
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from rlrep import nets, spaces
 from rlrep.dataset import Dataset, open_dataset
 from rlrep.encoders import Encoder, State, WorldModel, load_belief
+from rlrep.latent import features_space
 from rlrep.registry import SpecError
 from rlrep.types import DatasetError, SpaceError, to_tensor, tree_map
 
@@ -205,10 +205,8 @@ class DreamVecEnv(VecEnv):
         self._rng = np.random.default_rng(seed)
         self._pool: State = None
         self._left = 0
-        features = gym_spaces.Box(-np.inf, np.inf, (model.features_dim,), np.float32)
-        # As `LatentVecEnv` says it: what learnt in these dreams goes on with this world model only.
-        features.encoder_digest = self.encoder.digest()  # type: ignore[attr-defined]
-        super().__init__(n_envs, features, cast(Any, model.action_space))
+        # As in `LatentVecEnv`: what learnt in these dreams goes on with this world model only.
+        super().__init__(n_envs, features_space(self.encoder), cast(Any, model.action_space))
 
     def reset(self) -> np.ndarray:
         """Begins every dream anew; returns the features, (N, D)."""

@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 import torch
 from gymnasium import spaces as gym_spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize, is_vecenv_wrapped
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
@@ -18,6 +19,37 @@ from rlrep import spaces
 from rlrep.encoders import Encoder, RecurrentEncoder, State, load_encoder
 from rlrep.sb3 import reordering
 from rlrep.types import SpaceError, Tree, tree_map
+
+
+def features_space(encoder: Encoder) -> gym_spaces.Box:
+    """Returns the space of an encoder's features, with the encoder's digest on it."""
+    space = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
+    # SB3 saves the space with the agent, which can then be told from one of another encoder.
+    space.encoder_digest = encoder.digest()  # type: ignore[attr-defined]
+    return space
+
+
+def check_learnt_on(model: BaseAlgorithm, encoder: Encoder) -> None:
+    """Checks that an agent has learnt on the features of this encoder, as they are.
+
+    Raises:
+        SpaceError: It has learnt on something else, on another encoder's features, or on normalised ones.
+    """
+    what = "the agent has not learnt on this encoder's features: the encoder gives features"
+    spaces.check_same(model.observation_space, features_space(encoder), what)
+    digest = encoder.digest()
+    known = getattr(model.observation_space, "encoder_digest", digest)
+    if known != digest:
+        raise SpaceError(
+            f"this agent was trained on the features of an encoder with digest {known[:12]}, and this one's is "
+            f"{digest[:12]}: name the one that was around its environments"
+        )
+    normalised = model.get_vec_normalize_env()
+    if normalised is not None and normalised.norm_obs:
+        raise SpaceError(
+            "this agent was trained on normalised features, whose statistics are not its own: use "
+            "VecNormalize(LatentVecEnv(venv, encoder), norm_obs=False); features have a sane scale as they are"
+        )
 
 
 class LatentVecEnv(VecEnvWrapper):
@@ -73,10 +105,7 @@ class LatentVecEnv(VecEnvWrapper):
             actions = cast(RecurrentEncoder, encoder).action_space
             spaces.check_same(venv.action_space, actions, "this encoder was made for actions")
         self.encoder = copy.deepcopy(encoder).to(get_device(device)).eval().requires_grad_(False)
-        features = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
-        # SB3 saves the space with the agent, which can then be told from one of another encoder.
-        features.encoder_digest = self.encoder.digest()  # type: ignore[attr-defined]
-        super().__init__(venv, observation_space=features)
+        super().__init__(venv, observation_space=features_space(encoder))
         remembers = memory and not encoder.recurrent
         self._memory = _Memory(encoder.features_dim, memory) if remembers else None
         self._state: State = None
