@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlrep import distributed
+from rlrep.spaces import choices
 from rlrep.types import SpaceError
 
 
@@ -121,41 +122,58 @@ def _off_diagonal(square: Tensor) -> Tensor:
     return square - torch.diag(square.diagonal())
 
 
-def action_loss(space: Space, output: Tensor, action: Tensor) -> Tensor:
-    """How badly `output` predicts `action`: cross-entropy where actions are discrete, squared error where continuous.
+class ActionLoss:
+    """How badly actions are predicted: cross-entropy where they are discrete, squared error where continuous.
 
     Args:
         space: The action space.
-        output: (..., A) logits or values, A as `rlrep.spaces.flat_dim`.
-        action: (..., *action_shape) raw actions.
 
-    Returns:
-        (...) loss of each action; several parts of one action are summed.
+    Raises:
+        SpaceError: A space of another kind than `Discrete`, `MultiDiscrete`, `MultiBinary` and `Box`.
     """
-    leading = output.shape[:-1]
-    if isinstance(space, spaces.Discrete):
-        index = action.reshape(-1).long() - int(space.start)
-        return F.cross_entropy(output.flatten(0, -2), index, reduction="none").reshape(leading)
-    if isinstance(space, spaces.MultiDiscrete):
-        sizes = space.nvec.reshape(-1).tolist()
-        start = torch.as_tensor(space.start, device=action.device).reshape(-1)
-        index = action.reshape(-1, len(sizes)).long() - start
-        parts = output.flatten(0, -2).split(sizes, dim=-1)
-        losses = [F.cross_entropy(part, index[:, i], reduction="none") for i, part in enumerate(parts)]
-        return torch.stack(losses).sum(dim=0).reshape(leading)
-    if isinstance(space, spaces.MultiBinary):
+
+    def __init__(self, space: Space) -> None:
+        if not isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary | spaces.Box):
+            raise SpaceError(f"action space {space} is not supported: use Discrete, MultiDiscrete, MultiBinary or Box")
+        self.binary = isinstance(space, spaces.MultiBinary)
+        self.one_choice = isinstance(space, spaces.Discrete)
+        self.choices = choices(space)
+
+    def __call__(self, output: Tensor, action: Tensor) -> Tensor:
+        """Compares predictions with actions.
+
+        Args:
+            output: (..., A) logits or values, A as `rlrep.spaces.flat_dim`.
+            action: (..., *action_shape) raw actions.
+
+        Returns:
+            (...) loss of each action; several parts of one action are summed.
+        """
+        if self.choices:
+            starts, sizes = zip(*self.choices, strict=True)
+            index = action.reshape(-1, len(sizes)).long().unbind(dim=1)
+            parts = zip(starts, index, output.flatten(0, -2).split(sizes, dim=-1), strict=True)
+            found = [F.cross_entropy(part, chosen - start, reduction="none") for start, chosen, part in parts]
+            return torch.stack(found).sum(dim=0).reshape(output.shape[:-1])
         target = action.reshape(output.shape).float()
-        return F.binary_cross_entropy_with_logits(output, target, reduction="none").sum(dim=-1)
-    if isinstance(space, spaces.Box):
-        return (output - action.reshape(output.shape).float()).square().mean(dim=-1)
-    raise SpaceError(f"action space {space} is not supported: use Discrete, MultiDiscrete, MultiBinary or Box")
+        if self.binary:
+            return F.binary_cross_entropy_with_logits(output, target, reduction="none").sum(dim=-1)
+        return (output - target).square().mean(dim=-1)
+
+    def correct(self, output: Tensor, action: Tensor) -> Tensor | None:
+        """(...) bool whether the likeliest action is the one taken, or None where actions are not `Discrete`."""
+        if not self.one_choice:
+            return None
+        return output.argmax(dim=-1) + self.choices[0][0] == action.reshape(output.shape[:-1])
 
 
-def action_correct(space: Space, output: Tensor, action: Tensor) -> Tensor | None:
-    """(...) bool whether the likeliest action is the one taken, or None where actions are not `Discrete`."""
-    if not isinstance(space, spaces.Discrete):
-        return None
-    return output.argmax(dim=-1) + int(space.start) == action.reshape(output.shape[:-1])
+def count(index: Tensor, n: int) -> Tensor:
+    """Returns how often each integer below `n` occurs in `index` of any shape, (n,).
+
+    For `torch.bincount` a GPU would wait, and torch.compile split its graph.
+    """
+    index = index.flatten().long()
+    return torch.zeros(n, dtype=torch.long, device=index.device).scatter_add_(0, index, torch.ones_like(index))
 
 
 def unimix(logits: Tensor, share: float) -> Tensor:

@@ -96,6 +96,15 @@ def flat_dim(space: Space) -> int:
     return math.prod(space.shape)
 
 
+def choices(space: Space) -> list[tuple[int, int]]:
+    """Returns the first value and the number of values of each part of a discrete space; nothing for another."""
+    if isinstance(space, spaces.Discrete):
+        return [(int(space.start), int(space.n))]
+    if isinstance(space, spaces.MultiDiscrete):
+        return list(zip(space.start.reshape(-1).tolist(), space.nvec.reshape(-1).tolist(), strict=True))
+    return []
+
+
 class Flatten(nn.Module):
     """Turns raw observations of any vector space into (N, `flat_dim`) floats of a sane size.
 
@@ -110,6 +119,8 @@ class Flatten(nn.Module):
     def __init__(self, space: Space) -> None:
         super().__init__()
         self.space = space
+        # Kept, because torch.compile cannot read numpy's integers from the space.
+        self._choices = choices(space)
         if isinstance(space, spaces.Box):
             # float32's own limits, as CartPole has them, mean unbounded too.
             low, high = space.low.astype(np.float32).ravel(), space.high.astype(np.float32).ravel()
@@ -119,16 +130,13 @@ class Flatten(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """(N, *shape) raw -> (N, flat_dim) float."""
-        space = self.space
-        if isinstance(space, spaces.Discrete):
-            return nn.functional.one_hot(obs.long().flatten() - int(space.start), int(space.n)).float()
-        if isinstance(space, spaces.MultiDiscrete):
-            index = obs.long().flatten(1) - torch.as_tensor(space.start, device=obs.device).reshape(-1)
-            sizes = space.nvec.reshape(-1).tolist()
-            return torch.cat([nn.functional.one_hot(index[:, i], n) for i, n in enumerate(sizes)], dim=1).float()
         # A number has no axis to flatten.
-        x = obs.unsqueeze(-1).flatten(1).float()
-        if isinstance(space, spaces.MultiBinary):
+        x = obs.unsqueeze(-1).flatten(1)
+        if self._choices:
+            index = zip(x.long().unbind(dim=1), self._choices, strict=True)
+            return torch.cat([nn.functional.one_hot(i - start, n) for i, (start, n) in index], dim=1).float()
+        x = x.float()
+        if isinstance(self.space, spaces.MultiBinary):
             return x
         if self._bounded:
             return 2 * (x - self.low) / (self.high - self.low).clamp(min=1e-8) - 1
@@ -137,12 +145,10 @@ class Flatten(nn.Module):
     def inverse(self, flat: Tensor) -> Tensor:
         """(N, flat_dim) -> the nearest raw observations (N, *shape), in the dtype of the space."""
         space, n = self.space, len(flat)
-        if isinstance(space, spaces.Discrete):
-            raw = flat.argmax(dim=1) + int(space.start)
-        elif isinstance(space, spaces.MultiDiscrete):
-            parts = flat.split(space.nvec.reshape(-1).tolist(), dim=1)
-            start = torch.as_tensor(space.start, device=flat.device).reshape(-1)
-            raw = torch.stack([part.argmax(dim=1) for part in parts], dim=1) + start
+        if self._choices:
+            starts, sizes = zip(*self._choices, strict=True)
+            parts = zip(starts, flat.split(sizes, dim=1), strict=True)
+            raw = torch.stack([part.argmax(dim=1) + start for start, part in parts], dim=1)
         elif isinstance(space, spaces.MultiBinary):
             raw = flat > 0.5
         elif self._bounded:

@@ -164,7 +164,7 @@ def test_cosine_distance_is_the_squared_distance_of_unit_vectors() -> None:
 
 def test_discrete_actions_are_classified() -> None:
     output, action = torch.randn(2, 3, 4), torch.tensor([[5, 6, 7], [8, 5, 5]])
-    loss = losses.action_loss(spaces.Discrete(4, start=5), output, action)
+    loss = losses.ActionLoss(spaces.Discrete(4, start=5))(output, action)
     assert loss.shape == (2, 3)
     for i in range(2):
         for t in range(3):
@@ -181,7 +181,7 @@ def test_discrete_actions_are_classified() -> None:
 )
 def test_the_parts_of_a_multi_discrete_action_are_summed(space: spaces.MultiDiscrete, action: Tensor) -> None:
     output = torch.randn(3, 5)
-    loss = losses.action_loss(space, output, action)
+    loss = losses.ActionLoss(space)(output, action)
     for i, (first, second) in enumerate(action.flatten(1).tolist()):
         row = output[i].tolist()
         expected = -log_softmax(row[:3])[first - 1] - log_softmax(row[3:])[second + 1]
@@ -190,7 +190,7 @@ def test_the_parts_of_a_multi_discrete_action_are_summed(space: spaces.MultiDisc
 
 def test_the_bits_of_a_multi_binary_action_are_summed() -> None:
     output, action = torch.randn(2, 3), torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.int8)
-    loss = losses.action_loss(spaces.MultiBinary(3), output, action)
+    loss = losses.ActionLoss(spaces.MultiBinary(3))(output, action)
     for i in range(2):
         chance = [1 / (1 + math.exp(-x)) for x in output[i].tolist()]
         expected = -sum(math.log(p if bit else 1 - p) for p, bit in zip(chance, action[i].tolist(), strict=True))
@@ -200,7 +200,7 @@ def test_the_bits_of_a_multi_binary_action_are_summed() -> None:
 @pytest.mark.parametrize("shape", [(3,), (1, 3)])
 def test_continuous_actions_are_regressed(shape: tuple[int, ...]) -> None:
     output, action = torch.randn(2, 4, 3), torch.randn(2, 4, *shape)
-    loss = losses.action_loss(spaces.Box(-1, 1, shape, np.float32), output, action)
+    loss = losses.ActionLoss(spaces.Box(-1, 1, shape, np.float32))(output, action)
     flat = action.reshape(2, 4, 3)
     for i in range(2):
         for t in range(4):
@@ -210,10 +210,10 @@ def test_continuous_actions_are_regressed(shape: tuple[int, ...]) -> None:
 
 def test_only_the_action_taken_counts_as_correct() -> None:
     output = torch.tensor([[[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]]])
-    correct = losses.action_correct(spaces.Discrete(3, start=1), output, torch.tensor([[2, 3]]))
+    correct = losses.ActionLoss(spaces.Discrete(3, start=1)).correct(output, torch.tensor([[2, 3]]))
     assert correct is not None
     assert correct.tolist() == [[True, False]]
-    assert losses.action_correct(spaces.Box(-1, 1, (3,)), output, torch.zeros(1, 2, 3)) is None
+    assert losses.ActionLoss(spaces.Box(-1, 1, (3,))).correct(output, torch.zeros(1, 2, 3)) is None
 
 
 def test_shapes_that_do_not_fit_are_errors() -> None:
@@ -228,7 +228,7 @@ def test_shapes_that_do_not_fit_are_errors() -> None:
     with pytest.raises(ValueError, match=r"\(3, 2\).*\(3, 4\)"):
         losses.barlow(torch.zeros(3, 2), torch.zeros(3, 4), torch.ones(3, dtype=torch.bool), 1.0)
     with pytest.raises(SpaceError, match="use Discrete"):
-        losses.action_loss(spaces.Text(3), torch.zeros(1, 3), torch.zeros(1))
+        losses.ActionLoss(spaces.Text(3))(torch.zeros(1, 3), torch.zeros(1))
 
 
 def test_unimix_mixes_probabilities_with_the_uniform_ones() -> None:

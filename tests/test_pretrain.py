@@ -19,7 +19,7 @@ from rlrep.dataset import Dataset, DatasetWriter
 from rlrep.encoders import load_encoder, make_encoder
 from rlrep.evaluate.collapse import collapse, effective_rank, has_collapsed
 from rlrep.objectives import Objective, objectives
-from rlrep.pretrain import CHECKPOINT, pretrain
+from rlrep.pretrain import CHECKPOINT, compiling_pays, pretrain
 from rlrep.registry import SpecError
 from rlrep.runs import read_json, read_jsonl
 from rlrep.types import CollapseWarning, DatasetError, Episode, RunError
@@ -310,3 +310,34 @@ def test_metrics_are_json(data: Path, tmp_path: Path) -> None:
     pretrain(data, out=tmp_path / "run", **SMALL)
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_compiled_it_learns_the_same(data: Path, tmp_path: Path) -> None:
+    """Random numbers included: `mae` draws what it hides."""
+    settings = SMALL | {"objectives": ["mae", "inverse"], "updates": 10, "precision": "float32"}
+    found = {}
+    for compiled in (False, True):
+        out = tmp_path / str(compiled)
+        pretrain(data, out=out, compile=compiled, device="cpu", **settings)
+        assert read_json(out / "run.json")["results"]["compiled"] is compiled
+        (found[compiled],) = read_jsonl(out / "metrics.jsonl")
+    for name in ("loss", "mae/loss", "inverse/loss", "held_out_loss"):
+        assert found[True][name] == pytest.approx(found[False][name], rel=1e-4)
+
+
+def test_compiling_by_itself_is_for_long_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert compiling_pays(gpu, 100_000)
+    assert not compiling_pays(gpu, 5_000)
+    assert not compiling_pays(torch.device("cpu"), 100_000)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not compiling_pays(gpu, 100_000)
+
+
+def test_compiling_without_a_compiler_is_refused_at_once(data: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(RunError, match="needs a C"):
+        pretrain(data, out=tmp_path / "run", compile=True, device="cpu", **SMALL)
+    assert not (tmp_path / "run").exists()

@@ -36,6 +36,7 @@ class InverseBonus(Bonus):
     ) -> None:
         super().__init__(observation_space, action_space, n_envs, make_encoder(encoder, observation_space))
         self.learning_rate = learning_rate
+        self.action_loss = losses.ActionLoss(action_space)
         self.predict_action = nets.mlp([2 * self.encoder.features_dim, hidden, spaces.flat_dim(action_space)])
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -46,6 +47,6 @@ class InverseBonus(Bonus):
         """Returns the loss of the first step of each segment, 0-d, from its (B, 2, D) features, and metrics."""
         output = self.predict_action(features.flatten(1))
         action, mask = self.actions(batch)[:, 0], batch.mask[:, 0]
-        loss = losses.masked_mean(losses.action_loss(self.action_space, output, action), mask)
-        correct = losses.action_correct(self.action_space, output, action)
+        loss = losses.masked_mean(self.action_loss(output, action), mask)
+        correct = self.action_loss.correct(output, action)
         return loss, {} if correct is None else {"accuracy": losses.masked_mean(correct.float(), mask).detach()}

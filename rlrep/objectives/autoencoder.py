@@ -45,7 +45,7 @@ class Rarity(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Integer codes of any shape -> weights of that shape."""
         if self.training:
-            self.counts += distributed.total(torch.bincount(codes.flatten(), minlength=len(self.counts)))
+            self.counts += distributed.total(losses.count(codes, len(self.counts)))
         # A code never seen weighs as much as one seen once, and does not enter the average.
         weight = self.counts.clamp(min=1).pow(-self.power)
         return (weight * self.counts.sum() / (self.counts * weight).sum())[codes]
@@ -77,6 +77,7 @@ class Reconstruction(nn.Module):
             case "picture":
                 shape = spaces.picture_shape(space)
                 self.channels = 3 if shape[0] % 3 == 0 else 1
+                self.channels_last = spaces.channels_last(cast(gym_spaces.Box, space))
                 self.decode = nets.PictureDecoder(features_dim, shape, width)
                 self.rarity = Rarity(2 ** (BITS * self.channels), rarity)
             case "grid":
@@ -135,7 +136,7 @@ class Reconstruction(nn.Module):
                 return {key: part.draw(features) for key, part in zip(self.keys, parts, strict=True)}
             case "picture":
                 x = (255 * self.decode(features)).round().clamp(0, 255).to(torch.uint8)
-                return x.permute(0, 2, 3, 1) if spaces.channels_last(cast(gym_spaces.Box, self.space)) else x
+                return x.permute(0, 2, 3, 1) if self.channels_last else x
             case "grid":
                 channels, height, width = self.shape
                 symbols = self.decode(features).unflatten(2, (channels, SYMBOLS)).argmax(dim=-1)
@@ -148,7 +149,7 @@ class Reconstruction(nn.Module):
 
     def _picture(self, features: Tensor, obs: Tensor) -> Tensor:
         """(N, H, W) error of each pixel."""
-        x = obs.permute(0, 3, 1, 2) if spaces.channels_last(cast(gym_spaces.Box, self.space)) else obs
+        x = obs.permute(0, 3, 1, 2) if self.channels_last else obs
         error = (self.decode(features).float() - x / 255).square()
         # Each frame of a stack is weighed by itself: by its colours, or its greys.
         frames = x.to(torch.uint8).unflatten(1, (-1, self.channels))

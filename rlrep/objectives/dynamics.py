@@ -32,6 +32,7 @@ class Inverse(Objective):
         if lag < 1:
             raise ValueError(f"inverse: lag must be at least 1, not {lag}")
         self.span = lag
+        self.action_loss = losses.ActionLoss(action_space)
         self.predict = nets.mlp([2 * encoder.features_dim, hidden, spaces.flat_dim(action_space)])
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -39,8 +40,8 @@ class Inverse(Objective):
         features = self.features(batch, self.span + 1)
         output = self.predict(torch.cat([features[:, 0], features[:, self.span]], dim=-1))
         action, mask = self.actions(batch)[:, 0], batch.mask[:, self.span - 1]
-        loss = losses.masked_mean(losses.action_loss(self.action_space, output, action), mask)
-        correct = losses.action_correct(self.action_space, output, action)
+        loss = losses.masked_mean(self.action_loss(output, action), mask)
+        correct = self.action_loss.correct(output, action)
         return loss, {} if correct is None else {"accuracy": losses.masked_mean(correct.float(), mask).detach()}
 
 

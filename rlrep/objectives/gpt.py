@@ -162,6 +162,7 @@ class MTM(Objective):
         self.hidden_observation = nn.Parameter(0.02 * torch.randn(width))
         self.hidden_action = nn.Parameter(0.02 * torch.randn(width))
         self.reconstruct = Reconstruction(encoder.observation_space, width, rarity, decoder_width)
+        self.action_loss = losses.ActionLoss(action_space)
         self.predict_action = nn.Linear(width, spaces.flat_dim(action_space))
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -178,9 +179,7 @@ class MTM(Objective):
         obs = tree_map(lambda x: x[:, : self.span + 1], batch.obs)
         error = _drawing_error(self.reconstruct, seen, obs, hidden_obs & obs_mask)
         output = self.predict_action(done)
-        mistaken = losses.masked_mean(
-            losses.action_loss(self.action_space, output, actions).float(), hidden_actions & mask
-        )
+        mistaken = losses.masked_mean(self.action_loss(output, actions).float(), hidden_actions & mask)
         metrics = {"error": error.detach(), "action_loss": mistaken.detach()}
         return error + self.action_weight * mistaken, metrics
 

@@ -32,25 +32,29 @@ class Masking(nn.Module):
 
     def __init__(self, space: Space, ratio: float, patch: int) -> None:
         super().__init__()
-        self.space, self.ratio, self.patch = space, ratio, patch
+        self.kind, self.ratio, self.patch = spaces.kind(space), ratio, patch
+        match self.kind:
+            case "dict":
+                subspaces = cast(gym_spaces.Dict, space).spaces
+                self.keys = list(subspaces)
+                self.parts = nn.ModuleList(Masking(sub, ratio, patch) for sub in subspaces.values())
+            case "picture":
+                _, self.height, self.width = spaces.picture_shape(space)
+                self.channels_last = spaces.channels_last(cast(gym_spaces.Box, space))
+            case "vector":
+                self.flat_dim = spaces.flat_dim(space)
 
     def forward(self, obs: Tree) -> tuple[Tree, Tree]:
         """Raw (N, *obs_shape) -> the same with parts hidden, and where, as `Reconstruction` takes it."""
-        return self._hide(self.space, obs)
-
-    def _hide(self, space: Space, obs: Tree) -> tuple[Tree, Tree]:
-        match spaces.kind(space):
+        match self.kind:
             case "dict":
-                subspaces = cast(gym_spaces.Dict, space).spaces
-                found = {key: self._hide(sub, obs[key]) for key, sub in subspaces.items()}
+                found = {key: part(obs[key]) for key, part in zip(self.keys, self.parts, strict=True)}
                 return tuple({key: parts[i] for key, parts in found.items()} for i in range(2))  # type: ignore[return-value]
             case "picture":
-                _, height, width = spaces.picture_shape(space)
-                patches = self._drawn(obs, -(-height // self.patch), -(-width // self.patch))
+                patches = self._drawn(obs, -(-self.height // self.patch), -(-self.width // self.patch))
                 where = patches.repeat_interleave(self.patch, dim=1).repeat_interleave(self.patch, dim=2)
-                where = where[:, :height, :width]
-                last = spaces.channels_last(cast(gym_spaces.Box, space))
-                return obs.masked_fill(where[..., None] if last else where[:, None], MASKED_PIXEL), where
+                where = where[:, : self.height, : self.width]
+                return obs.masked_fill(where[..., None] if self.channels_last else where[:, None], MASKED_PIXEL), where
             case "grid":
                 where = self._drawn(obs, *obs.shape[1:3])
                 return obs.masked_fill(where[..., None], MASKED_SYMBOL), where.flatten(1)
@@ -58,16 +62,16 @@ class Masking(nn.Module):
                 where = self._drawn(obs, obs.shape[1])
                 return obs.masked_fill(where, 0), where
             case _:
-                return self._swap(space, obs)
+                return self._swap(obs)
 
     def _drawn(self, obs: Tensor, *shape: int) -> Tensor:
         return distributed.rows(lambda n: torch.rand(n, *shape, device=obs.device), len(obs)) < self.ratio
 
-    def _swap(self, space: Space, obs: Tensor) -> tuple[Tensor, Tensor]:
+    def _swap(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         numbers = obs.reshape(len(obs), -1)
         other = distributed.gather(numbers)[distributed.rows(lambda n: torch.randperm(n, device=obs.device), len(obs))]
         swapped = torch.where(self._drawn(obs, numbers.shape[1]), other, numbers).reshape(obs.shape)
-        return swapped, torch.ones(len(obs), spaces.flat_dim(space), dtype=torch.bool, device=obs.device)
+        return swapped, torch.ones(len(obs), self.flat_dim, dtype=torch.bool, device=obs.device)
 
 
 @objectives.register("mae")

@@ -6,7 +6,7 @@ import torch
 from gymnasium.spaces import Space
 from torch import Tensor, nn
 
-from rlrep import distributed
+from rlrep import distributed, losses
 from rlrep.encoders import Encoder
 from rlrep.objectives.autoencoder import Reconstruction, check_rarity
 from rlrep.objectives.base import Objective, objectives
@@ -49,7 +49,7 @@ class Codebook(nn.Module):
             return self._nearest(vectors)
         self._revive(distributed.gather(vectors))
         index = self._nearest(vectors)
-        counts = torch.bincount(index, minlength=len(self.codes)).to(vectors.dtype)
+        counts = losses.count(index, len(self.codes)).to(vectors.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, index, vectors)
         self.counts.lerp_(distributed.total(counts), 1 - self.decay)
         self.sums.lerp_(distributed.total(sums), 1 - self.decay)
@@ -129,6 +129,6 @@ class VQ(Objective):
         # Straight through: the gradient at the code is taken as that at the vector.
         drawn_from = (vectors + (code - vectors).detach()).reshape(len(features), -1)
         loss = self.reconstruct(drawn_from, obs).mean() + self.commitment * distance
-        used = torch.bincount(index, minlength=len(self.codebook.codes)).float() / len(index)
+        used = losses.count(index, len(self.codebook.codes)).float() / len(index)
         perplexity = torch.exp(-(used * (used + 1e-12).log()).sum())
         return loss, {"perplexity": perplexity, "commitment": distance.detach()}

@@ -31,35 +31,47 @@ SETTINGS: dict[str, Any] = {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "d
 class Trainer:
     """Updates of an encoder on given batches, as `rlrep.pretrain` makes them."""
 
-    def __init__(self, data: Dataset, objectives: Any, bfloat16: bool, batch_size: int = 256) -> None:
+    def __init__(
+        self,
+        data: Dataset,
+        objectives: Any,
+        bfloat16: bool,
+        batch_size: int = 256,
+        device: str = "cpu",
+        compiled: bool = False,
+        updates: int = UPDATES,
+    ) -> None:
         self.encoder = rlrep.make_encoder("auto", data.observation_space)
-        self.objective = make_objective(objectives, self.encoder, data.action_space)
+        self.objective = make_objective(objectives, self.encoder, data.action_space).to(device)
+        self.loss = torch.compile(self.objective, options={"fallback_random": True}) if compiled else self.objective
         self.optimizer = torch.optim.AdamW(self.objective.parameters())
         self.data, self.bfloat16, self.batch_size = data, bfloat16, batch_size
+        self.device, self.updates = device, updates
         self.rng = np.random.default_rng(0)
 
     def sample(self) -> rlrep.Batch:
         """Draws a batch."""
-        return self.data.sample(self.batch_size, self.objective.span, self.rng)
+        return self.data.sample(self.batch_size, self.objective.span, self.rng).to(self.device)
 
     def update(self, batch: rlrep.Batch) -> None:
-        """Takes one gradient step."""
+        """Takes one gradient step, and waits for it."""
         batch.memo.clear()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bfloat16):
-            loss, _ = self.objective(batch)
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.bfloat16):
+            loss, _ = self.loss(batch)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        loss.item()
 
     def on_one(self) -> Callable[[], None]:
         """Updates on one batch that stays in memory."""
-        return repeat(self.update, self.sample(), times=UPDATES)
+        return repeat(self.update, self.sample(), times=self.updates)
 
     def loaded(self) -> None:
         """Updates on drawn batches, the next one loading behind."""
         with ThreadPoolExecutor(1) as loader:
             following = loader.submit(self.sample)
-            for _ in range(UPDATES):
+            for _ in range(self.updates):
                 batch = following.result()
                 following = loader.submit(self.sample)
                 self.update(batch)
