@@ -96,6 +96,7 @@ CASES += [
     ("spr:steps=2,shift=2", PICTURE),
     ("curl:shift=2", PICTURE),
     ("mae", PICTURE),
+    ("gru:steps=3,burn_in=1,contrast=1,kinds=1,ahead=1,horizon=2", GRID),
 ]
 
 

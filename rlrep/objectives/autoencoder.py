@@ -151,12 +151,9 @@ class Reconstruction(nn.Module):
         """(N, H, W) error of each pixel."""
         x = obs.permute(0, 3, 1, 2) if self.channels_last else obs
         error = (self.decode(features).float() - x / 255).square()
-        # Each frame of a stack is weighed by itself: by its colours, or its greys.
-        frames = x.to(torch.uint8).unflatten(1, (-1, self.channels))
-        code = torch.zeros_like(frames[:, :, 0], dtype=torch.int32)
-        for channel in range(self.channels):
-            code = (code << BITS) + (frames[:, :, channel] >> (8 - BITS))
-        return (error.unflatten(1, (-1, self.channels)).mean(dim=2) * self.rarity(code)).mean(dim=1)
+        # Each frame of a stack is weighed by itself.
+        weight = self.rarity(picture_codes(x, self.channels))
+        return (error.unflatten(1, (-1, self.channels)).mean(dim=2) * weight).mean(dim=1)
 
     def _board(self, features: Tensor, obs: Tensor) -> Tensor:
         """(N, cells) error of each cell."""
@@ -164,11 +161,26 @@ class Reconstruction(nn.Module):
         symbols = obs.long().clamp(max=SYMBOLS - 1).flatten(1, 2)
         logits = self.decode(features).unflatten(2, (channels, SYMBOLS))
         error = F.cross_entropy(logits.flatten(0, 2), symbols.flatten(), reduction="none").reshape(symbols.shape)
-        # What a cell holds is its object and colour; its state may change every step.
-        frames = (*symbols.shape[:2], -1, spaces.SYMBOLS)
-        cell = symbols.reshape(frames)
-        weight = self.rarity(cell[..., 0] + SYMBOLS * cell[..., 1])
-        return (error.reshape(frames).mean(dim=-1) * weight).mean(dim=2)
+        frames = error.reshape(*symbols.shape[:2], -1, spaces.SYMBOLS)
+        return (frames.mean(dim=-1) * self.rarity(board_codes(obs))).mean(dim=2)
+
+
+def picture_codes(x: Tensor, channels: int) -> Tensor:
+    """(N, C, H, W) pixels in 0..255 -> (N, frames, H, W) integers below 2^(BITS * channels), for colours or greys."""
+    frames = x.to(torch.uint8).unflatten(1, (-1, channels))
+    code = torch.zeros_like(frames[:, :, 0], dtype=torch.int32)
+    for channel in range(channels):
+        code = (code << BITS) + (frames[:, :, channel] >> (8 - BITS))
+    return code
+
+
+def board_codes(obs: Tensor) -> Tensor:
+    """(N, H, W, C) symbols -> (N, cells, frames) integers below SYMBOLS^2, for what a cell holds.
+
+    That is its object and colour; its state may change every step.
+    """
+    symbols = obs.long().clamp(max=SYMBOLS - 1).flatten(1, 2).unflatten(2, (-1, spaces.SYMBOLS))
+    return symbols[..., 0] + SYMBOLS * symbols[..., 1]
 
 
 def check_rarity(name: str, rarity: float) -> None:

@@ -15,7 +15,7 @@ from rlrep.encoders import Encoder, State, WorldModel
 from rlrep.encoders.recurrent import Recurrent
 from rlrep.objectives.autoencoder import Reconstruction, check_rarity
 from rlrep.objectives.base import Objective, objectives
-from rlrep.objectives.memory import Recall, check_memory, draw_times
+from rlrep.objectives.memory import Memory, check_memory, check_segments, draw_times, unroll
 from rlrep.types import Batch, Metrics, Tree, tree_map
 
 
@@ -76,11 +76,17 @@ class GRU(Objective):
     Args:
         encoder: The encoder to shape; the GRU reads its features.
         action_space: The GRU reads the actions too.
-        steps: T, transitions in a segment.
+        steps: Transitions in a segment that the gradient goes through.
+        burn_in: Transitions before these, from which the state is carried on.
         width: Of the GRU's state.
-        recall: Weight of recalling earlier observations; 0 for a model that only predicts.
-        questions: Times in each segment at which observations are drawn: drawing costs most.
-        ratio: Chance of each patch, cell or word of these to be hidden.
+        recall: Weight of drawing earlier observations of which a part is hidden. This and the next three are what
+            `Memory` asks; with 0 for all of them the model only predicts.
+        contrast: Weight of telling which observation was seen some steps ago.
+        kinds: Weight of telling what has been seen at all.
+        ahead: Weight of drawing the observation that `horizon` actions lead to.
+        horizon: Steps, of `ahead`.
+        questions: Times in each segment at which all this is asked: drawing costs most.
+        ratio: Chance of each patch, cell or word of an observation to be recalled to be hidden.
         rarity: As of `ae`.
         end_weight: Of telling whether the episode has terminated.
         decoder_width: Channels of the decoder.
@@ -93,8 +99,13 @@ class GRU(Objective):
         encoder: Encoder,
         action_space: Space,
         steps: int = 32,
+        burn_in: int = 0,
         width: int = 256,
         recall: float = 1.0,
+        contrast: float = 0.0,
+        kinds: float = 0.0,
+        ahead: float = 0.0,
+        horizon: int = 5,
         questions: int = 8,
         ratio: float = 0.6,
         rarity: float = 1.0,
@@ -103,40 +114,47 @@ class GRU(Objective):
     ) -> None:
         super().__init__(encoder, action_space)
         check_rarity("gru", rarity)
-        check_memory("gru", recall, ratio, steps=steps, questions=questions)
-        self.span, self.recall_weight, self.end_weight = steps, recall, end_weight
-        self.questions = questions
+        check_memory("gru", burn_in, steps=steps, questions=questions)
+        self.span, self.burn_in, self.questions, self.end_weight = burn_in + steps, burn_in, questions, end_weight
         self.belief = GRUWorldModel(encoder.observation_space, action_space, encoder, width, rarity, decoder_width)
-        self.recall = None
-        if recall:
-            self.recall = Recall(encoder, self.belief.features_dim, self.belief.reconstruct, width, ratio)
+        self.memory = Memory(
+            "gru",
+            encoder,
+            self.belief.features_dim,
+            self.belief.action_dim,
+            self.belief.reconstruct,
+            width,
+            self.span,
+            {"recall": recall, "contrast": contrast, "kinds": kinds, "ahead": ahead},
+            horizon,
+            ratio,
+        )
 
     def exports(self) -> dict[str, Encoder]:
         """Returns the encoder that remembers."""
         return {"belief": self.belief}
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Returns the errors of predicted, seen and recalled observations, and of telling the end, summed."""
-        n = self.span
-        mask = batch.mask[:, :n]
-        actions = self.actions(batch)[:, :n]
-        features, _ = self.belief.follow(self.features(batch, n + 1), actions, batch.first[:, :n] & mask)
-        rows, before, then = draw_times(mask, self.questions)
-        now = before + 1
-        model, obs = self.belief, tree_map(lambda x: x[rows, now], batch.obs)
-        expected = model.expect(features[rows, before], model.flat_action(actions[rows, before]))
-        predicted = model.reconstruct(expected, obs).mean()
-        seen = model.reconstruct(model.now(features[rows, now]).relu(), obs).mean()
+        """Returns the errors of predicted and seen observations, of telling the end and of what is asked, summed."""
+        n, skip, model = self.span, self.burn_in, self.belief
+        mask, obs = batch.mask[:, :n], tree_map(lambda x: x[:, : n + 1], batch.obs)
+        check_segments(mask, skip)
+        actions, embedding = self.actions(batch)[:, :n], self.features(batch, n + 1)
+        features = model.features(unroll(model, embedding, actions, batch.first[:, :n] & mask, skip))
+        flat = model.flat_action(actions.flatten(0, 1)).unflatten(0, mask.shape)
+        times = draw_times(mask, self.questions, skip)
+        row, step, there = times.row, times.step, times.there
+        following = tree_map(lambda x: x[row, step + 1], obs)
+        expected = model.expect(features[row, step - skip], flat[row, step])
+        predicted = losses.masked_mean(model.reconstruct(expected, following), there)
+        seen = model.reconstruct(model.now(features[row, step + 1 - skip]).relu(), following)
+        seen = losses.masked_mean(seen, there)
         end = losses.masked_mean(
             F.binary_cross_entropy_with_logits(
-                model.ends(features[:, 1:])[..., 0].float(), batch.terminated[:, :n].float(), reduction="none"
+                model.ends(features[:, 1:])[..., 0].float(), batch.terminated[:, skip:n].float(), reduction="none"
             ),
-            mask,
+            mask[:, skip:],
         )
-        loss = predicted + seen + self.end_weight * end
+        remembered, asked = self.memory(features, embedding, obs, flat, mask, times, skip)
         metrics = {"predicted": predicted.detach(), "seen": seen.detach(), "end": end.detach()}
-        if self.recall is not None:
-            recalled = self.recall(features[rows, now], tree_map(lambda x: x[rows, then], batch.obs))
-            loss = loss + self.recall_weight * recalled
-            metrics["recalled"] = recalled.detach()
-        return loss, metrics
+        return predicted + seen + self.end_weight * end + remembered, metrics | asked

@@ -14,7 +14,7 @@ from rlrep import distributed, losses
 from rlrep.encoders import Encoder, State, WorldModel
 from rlrep.objectives.autoencoder import Reconstruction, check_rarity
 from rlrep.objectives.base import Objective, objectives
-from rlrep.objectives.memory import Recall, check_memory, draw_times
+from rlrep.objectives.memory import Memory, check_memory, check_segments, draw_times, unroll
 from rlrep.types import Batch, Metrics, RlrepError, Tree, tree_map
 
 UNIMIX = 0.01
@@ -159,7 +159,8 @@ class RecurrentStateSpace(Objective):
     Args:
         encoder: The encoder to shape; the model reads its features.
         action_space: The model reads the actions too.
-        steps: T, transitions in a segment.
+        steps: Transitions in a segment that the gradient goes through.
+        burn_in: Transitions before these, from which the state is carried on.
         deter: Width of the deterministic state.
         groups: Codes.
         classes: Values of each code.
@@ -172,9 +173,15 @@ class RecurrentStateSpace(Objective):
             as R2-Dreamer does.
         redundancy: Weight of the entries off the diagonal of that loss.
         projection: Weight of that loss.
-        recall: Weight of recalling earlier observations, which needs the decoder; 0 for a model that only predicts.
-        questions: Times in each segment at which observations are drawn: drawing costs most.
-        ratio: Chance of each patch, cell or word of those to be recalled to be hidden.
+        recall: Weight of drawing earlier observations of which a part is hidden. This and the next three are what
+            `Memory` asks, `recall` and `ahead` only where there is a decoder; with 0 for all of them the model only
+            predicts.
+        contrast: Weight of telling which observation was seen some steps ago.
+        kinds: Weight of telling what has been seen at all.
+        ahead: Weight of drawing the observation that `horizon` actions lead to.
+        horizon: Steps, of `ahead`.
+        questions: Times in each segment at which all this is asked: drawing costs most.
+        ratio: Chance of each patch, cell or word of an observation to be recalled to be hidden.
         rarity: As of `ae`.
         end_weight: Of telling whether the episode has terminated.
         decoder_width: Channels of the decoder.
@@ -187,6 +194,7 @@ class RecurrentStateSpace(Objective):
         encoder: Encoder,
         action_space: Space,
         steps: int = 64,
+        burn_in: int = 0,
         deter: int = 256,
         groups: int = 16,
         classes: int = 16,
@@ -198,6 +206,10 @@ class RecurrentStateSpace(Objective):
         redundancy: float = 5e-4,
         projection: float = 0.05,
         recall: float = 1.0,
+        contrast: float = 0.0,
+        kinds: float = 0.0,
+        ahead: float = 0.0,
+        horizon: int = 5,
         questions: int = 8,
         ratio: float = 0.6,
         rarity: float = 1.0,
@@ -207,11 +219,11 @@ class RecurrentStateSpace(Objective):
         super().__init__(encoder, action_space)
         check_rarity("rssm", rarity)
         sizes = {"deter": deter, "groups": groups, "classes": classes, "hidden": hidden}
-        check_memory("rssm", recall, ratio, steps=steps, questions=questions, **sizes)
-        self.span, self.questions = steps, questions
+        check_memory("rssm", burn_in, steps=steps, questions=questions, **sizes)
+        self.span, self.burn_in, self.questions = burn_in + steps, burn_in, questions
         self.dynamics, self.representation, self.free_nats = dynamics, representation, free_nats
         self.redundancy, self.projection = redundancy, projection
-        self.recall_weight, self.end_weight = recall, end_weight
+        self.end_weight = end_weight
         self.belief = RSSM(
             encoder.observation_space,
             action_space,
@@ -224,49 +236,58 @@ class RecurrentStateSpace(Objective):
             rarity,
             decoder_width,
         )
-        self.recall = self.project = None
-        if self.belief.reconstruct is None:
-            self.project = nn.Linear(hidden, encoder.features_dim)
-        elif recall:
-            self.recall = Recall(encoder, self.belief.features_dim, self.belief.reconstruct, hidden, ratio)
+        self.project = None if decoder else nn.Linear(hidden, encoder.features_dim)
+        drawn = {"recall": recall, "ahead": ahead} if decoder else {}
+        self.memory = Memory(
+            "rssm",
+            encoder,
+            self.belief.features_dim,
+            self.belief.action_dim,
+            self.belief.reconstruct,
+            hidden,
+            self.span,
+            {**drawn, "contrast": contrast, "kinds": kinds},
+            horizon,
+            ratio,
+        )
 
     def exports(self) -> dict[str, Encoder]:
         """Returns the encoder that remembers."""
         return {"belief": self.belief}
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Returns the errors of seen and recalled observations, the divergences and that of the end, summed."""
-        n, model = self.span, self.belief
-        mask, there = batch.mask[:, :n], batch.obs_mask[:, : n + 1]
-        actions = self.actions(batch)[:, :n]
-        states = model.unroll(self.features(batch, n + 1), actions, batch.first[:, :n] & mask)
+        """Returns the error of seen observations, the divergences, that of the end and of what is asked, summed."""
+        n, skip, model = self.span, self.burn_in, self.belief
+        mask, there = batch.mask[:, :n], batch.obs_mask[:, skip : n + 1]
+        check_segments(mask, skip)
+        obs = tree_map(lambda x: x[:, : n + 1], batch.obs)
+        actions, embedding, first = self.actions(batch)[:, :n], self.features(batch, n + 1), batch.first[:, :n] & mask
+        states = unroll(model, embedding, actions, first, skip)
         # The first observation of a segment cannot be predicted from what was before.
-        learnt = torch.cat([batch.first[:, :1], mask], dim=1) & there
+        learnt = torch.cat([first[:, skip : skip + 1], mask[:, skip:]], dim=1) & there
         dynamics, representation = losses.balanced_kl(states["log_probs"], model.before(states), learnt, self.free_nats)
         features = model.features(states)
         end = losses.masked_mean(
             F.binary_cross_entropy_with_logits(
                 model.ends(model.see(features[:, 1:]))[..., 0].float(),
-                batch.terminated[:, :n].float(),
+                batch.terminated[:, skip:n].float(),
                 reduction="none",
             ),
-            mask,
+            mask[:, skip:],
         )
         loss = self.dynamics * dynamics + self.representation * representation + self.end_weight * end
         metrics = {"nats": dynamics.detach(), "end": end.detach()}
+        times = draw_times(mask, self.questions, skip)
         if self.project is not None:
             projected = distributed.gather(self.project(model.see(features)).flatten(0, 1))
-            embedding = distributed.gather(states["embedding"].detach().flatten(0, 1))
-            same, _ = losses.barlow(projected, embedding, distributed.gather(there.flatten()), self.redundancy)
-            return loss + self.projection * same, metrics | {"projected": same.detach()}
-        assert model.reconstruct is not None
-        rows, before, then = draw_times(mask, self.questions)
-        now = before + 1
-        obs = tree_map(lambda x: x[rows, now], batch.obs)
-        seen = model.reconstruct(model.see(features[rows, now]), obs).mean()
-        loss, metrics = loss + seen, metrics | {"seen": seen.detach()}
-        if self.recall is not None:
-            recalled = self.recall(features[rows, now], tree_map(lambda x: x[rows, then], batch.obs))
-            loss = loss + self.recall_weight * recalled
-            metrics["recalled"] = recalled.detach()
-        return loss, metrics
+            target = distributed.gather(states["embedding"].detach().flatten(0, 1))
+            same, _ = losses.barlow(projected, target, distributed.gather(there.flatten()), self.redundancy)
+            loss, metrics = loss + self.projection * same, metrics | {"projected": same.detach()}
+        if model.reconstruct is not None:
+            at = features[times.row, times.step + 1 - skip]
+            following = tree_map(lambda x: x[times.row, times.step + 1], obs)
+            seen = losses.masked_mean(model.reconstruct(model.see(at), following), times.there)
+            loss, metrics = loss + seen, metrics | {"seen": seen.detach()}
+        flat = model.flat_action(actions.flatten(0, 1)).unflatten(0, mask.shape)
+        remembered, asked = self.memory(features, embedding, obs, flat, mask, times, skip)
+        return loss + remembered, metrics | asked

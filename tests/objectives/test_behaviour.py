@@ -299,15 +299,18 @@ def corridor(n: int, rng: np.random.Generator) -> tuple[Batch, Tensor]:
     return batch, torch.as_tensor(thing, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("recall", [1.0, 0.0])
-def test_what_is_asked_for_is_remembered(recall: float) -> None:
+@pytest.mark.parametrize(
+    ("asked", "remembered"),
+    [("recall=1", True), ("recall=0,contrast=1", True), ("recall=0,kinds=10", True), ("recall=0", False)],
+)
+def test_what_is_asked_for_is_remembered(asked: str, remembered: bool) -> None:
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     encoder = make_encoder("grid:features_dim=16,width=8,depth=0", CORRIDOR)
-    objective = make_objective(f"gru:width=32,steps=6,decoder_width=8,recall={recall}", encoder, ACTS)
+    objective = make_objective(f"gru:width=32,steps=6,decoder_width=8,{asked}", encoder, ACTS)
     fit(objective, [corridor(16, rng)[0] for _ in range(30)], 5e-3)
     belief = objective.exports()["belief"].eval()
     batch, thing = corridor(200, rng)
     with torch.no_grad():
         features, _ = belief.scan(batch.obs, batch.action, batch.first)
-    assert (explained_by(features[:, -1], thing[:, None]) > 0.9) == bool(recall)
+    assert (explained_by(features[:, -1], thing[:, None]) > 0.9) == remembered

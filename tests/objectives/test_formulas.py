@@ -15,12 +15,12 @@ from torch import Tensor
 
 from rlrep import losses
 from rlrep.encoders import Encoder, make_encoder
-from rlrep.objectives import Objective, objectives
-from rlrep.objectives.autoencoder import Rarity
+from rlrep.objectives import Objective, make_objective, objectives
+from rlrep.objectives.autoencoder import SYMBOLS, Rarity
 from rlrep.objectives.mae import Masking
-from rlrep.objectives.memory import draw_times
+from rlrep.objectives.memory import Times, draw_times, unroll
 from rlrep.objectives.vq import Codebook
-from rlrep.types import Batch, RlrepError, Tree, tree_map
+from rlrep.types import Batch, DatasetError, RlrepError, SpaceError, Tree, tree_leaves, tree_map
 
 VECTOR = spaces.Box(-np.inf, np.inf, (4,), np.float32)
 ACTIONS = spaces.Discrete(3, start=2)
@@ -467,7 +467,8 @@ def test_masked_vectors_stay_in_their_space(space: spaces.Space) -> None:
 def test_times_are_drawn_from_the_episode_and_the_past_of_each() -> None:
     torch.manual_seed(0)
     mask = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
-    segment, step, then = draw_times(mask, 400)
+    segment, step, then, there = draw_times(mask, 400)
+    assert there.all()
     assert segment.tolist() == [i for i in range(len(LENGTHS)) for _ in range(400)]
     for i, length in enumerate(LENGTHS):
         pairs = set(zip(step[segment == i].tolist(), then[segment == i].tolist(), strict=True))
@@ -488,12 +489,17 @@ def walk(model: Any, batch: Batch) -> list[list[Tensor]]:
     return walks
 
 
-TIMES = (torch.tensor([0, 0, 1, 3, 4]), torch.tensor([4, 2, 0, 1, 5]), torch.tensor([1, 3, 0, 2, 6]))
+TIMES = Times(
+    torch.tensor([0, 0, 1, 3, 4]),
+    torch.tensor([4, 2, 0, 1, 5]),
+    torch.tensor([1, 3, 0, 2, 6]),
+    torch.tensor([True] * 5),
+)
 """Segments, transitions and earlier observations."""
 
 
 def fixed_draws(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    monkeypatch.setattr(f"rlrep.objectives.{module}.draw_times", lambda mask, n: TIMES)
+    monkeypatch.setattr(f"rlrep.objectives.{module}.draw_times", lambda mask, n, burn_in: TIMES)
     # The last two numbers are hidden, and all count.
     hidden = torch.tensor([1.0, 1.0, 0.0, 0.0])
     monkeypatch.setattr(Masking, "forward", lambda self, obs: (obs * hidden, torch.ones(len(obs), 4, dtype=torch.bool)))
@@ -506,7 +512,7 @@ def symlog(x: Tensor) -> Tensor:
 def asked(objective: Any, now: Tensor, earlier: Tensor) -> float:
     """The error of recalling an earlier observation, half of which is shown."""
     left = features(objective.encoder, earlier * torch.tensor([1.0, 1.0, 0.0, 0.0]))
-    context = objective.recall.ask(torch.cat([now, left])[None]).relu()
+    context = objective.memory.ask(torch.cat([now, left])[None]).relu()
     return float((objective.belief.reconstruct.decode(context)[0] - symlog(earlier)).square().mean())
 
 
@@ -523,7 +529,7 @@ def test_gru_predicts_sees_recalls_and_tells_the_end(
     )
     found = walk(model, dataclasses.replace(batch, action=torch.where(batch.mask, batch.action, 2)))
     predicted, seen, recalled = [], [], []
-    for i, t, j in zip(*(x.tolist() for x in TIMES), strict=True):
+    for i, t, j, _ in zip(*(x.tolist() for x in TIMES), strict=True):
         action = torch.eye(3)[int(batch.action[i, t]) - 2]
         target = symlog(batch.obs[i, t + 1])
         for name, into in (
@@ -543,7 +549,125 @@ def test_gru_predicts_sees_recalls_and_tells_the_end(
     assert loss == pytest.approx(expected, rel=1e-4)
     assert metrics["predicted"] == pytest.approx(np.mean(predicted), rel=1e-4)
     assert metrics["end"] == pytest.approx(np.mean(ends), rel=1e-4)
-    assert ("recalled" in metrics) == bool(recall)
+    assert ("recall" in metrics) == bool(recall)
+
+
+GRU = {"name": "gru", "steps": T, "width": 6, "recall": 0.0}
+
+
+@pytest.mark.parametrize("name", ["gru", "rssm"])
+def test_contrast_tells_what_was_seen_so_many_steps_ago(
+    name: str, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cosines over 0.1, each query against the keys of all that was drawn."""
+    fixed_draws(monkeypatch, name)
+    options = {"gru": GRU, "rssm": {**SMALL, "recall": 0.0}}[name]
+    objective = build({**options, "contrast": 1.0}).eval()
+    found = walk(objective.belief, dataclasses.replace(batch, action=torch.where(batch.mask, batch.action, 2)))
+    queries, keys = [], []
+    for i, t, j, _ in zip(*(x.tolist() for x in TIMES), strict=True):
+        query = objective.memory.query((found[i][t + 1] + objective.memory.ago.weight[t + 1 - j])[None])[0]
+        key = objective.memory.key(features(objective.encoder, batch.obs[i, j]))
+        queries.append(query / query.norm())
+        keys.append(key / key.norm())
+    errors, right = [], []
+    for i, query in enumerate(queries):
+        scores = [float(query @ key) / 0.1 for key in keys]
+        errors.append(math.log(sum(map(math.exp, scores))) - scores[i])
+        right.append(scores[i] == max(scores))
+    _, metrics = loss_of(objective, batch)
+    assert metrics["contrast"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert metrics["contrast_accuracy"] == pytest.approx(np.mean(right))
+
+
+@torch.no_grad()
+def test_ahead_draws_what_a_number_of_actions_leads_to(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed_draws(monkeypatch, "gru")
+    objective = build({**GRU, "ahead": 1.0, "horizon": 3}).eval()
+    found = walk(objective.belief, dataclasses.replace(batch, action=torch.where(batch.mask, batch.action, 2)))
+    errors = []
+    for i, t, _, _ in zip(*(x.tolist() for x in TIMES), strict=True):
+        # The last step from which three more fit into a segment, at the latest.
+        t = min(t, T - 3)
+        if t + 3 <= LENGTHS[i]:
+            context = objective.memory.begin(found[i][t])[None].relu()
+            for step in (t, t + 1, t + 2):
+                context = objective.memory.follow(torch.eye(3)[int(batch.action[i, step]) - 2][None], context)
+            drawn = objective.belief.reconstruct.decode(context.relu())[0]
+            errors.append(float((drawn - symlog(batch.obs[i, t + 3])).square().mean()))
+    assert 0 < len(errors) < len(TIMES.row)
+    _, metrics = loss_of(objective, batch)
+    assert metrics["ahead"] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gru", "rssm"])
+def test_after_a_burn_in_the_state_is_that_of_the_whole_segment(name: str, batch: Batch) -> None:
+    model = build({"gru": GRU, "rssm": SMALL}[name]).eval().belief
+    embedding, action = model.encoder.encode(batch.obs), torch.where(batch.mask, batch.action, 2)
+    whole = model.unroll(embedding, action, batch.first)
+    part = unroll(model, embedding, action, batch.first, 2)
+    assert tree_leaves(part)[0].shape[1] == T + 1 - 2
+    for a, b in zip(tree_leaves(whole), tree_leaves(part), strict=True):
+        torch.testing.assert_close(a[:, 2:], b)
+    # What the burn-in saw has no gradient.
+    embedding = embedding.detach().requires_grad_()
+    model.features(unroll(model, embedding, action, batch.first, 2)).sum().backward()
+    assert not embedding.grad[:, :2].any()
+    assert embedding.grad[:, 3:].any()
+
+
+@pytest.mark.parametrize("name", ["gru", "rssm"])
+def test_nothing_is_asked_of_the_burn_in(name: str, batch: Batch) -> None:
+    assert min(LENGTHS) <= 2 < max(LENGTHS)
+    step = draw_times(batch.mask, 200, burn_in=2)
+    lengths = torch.tensor(LENGTHS)[step.row]
+    assert (step.there == (lengths > 2)).all()
+    assert ((step.step >= 2) & (step.step < lengths))[step.there].all()
+    asks = {"recall": 1.0, "contrast": 1.0, "ahead": 1.0, "horizon": 1}
+    objective = build({**{"gru": GRU, "rssm": SMALL}[name], "steps": T - 2, "burn_in": 2, **asks})
+    assert objective.span == T
+    loss, metrics = objective(batch)
+    loss.backward()
+    assert {"recall", "contrast", "ahead"} <= set(metrics)
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+    with pytest.raises(DatasetError, match="lower burn_in"):
+        objective(dataclasses.replace(batch, mask=torch.arange(T) < torch.full((len(LENGTHS), 1), 2)))
+
+
+def test_kinds_are_all_that_was_seen_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of a board is an object, and the next its colour; error over the kinds that somebody has seen."""
+    board = spaces.Box(0, 255, (2, 1, 3), np.uint8)
+    encoder = make_encoder("grid:features_dim=8,width=4,depth=0", board)
+    objective = make_objective({**GRU, "steps": 2, "kinds": 1.0}, encoder, spaces.Discrete(2)).terms[0].eval()
+    things = torch.tensor([[[1, 1], [1, 2], [3, 1]], [[1, 1], [1, 1], [1, 4]]])
+    obs = torch.stack([things, torch.full_like(things, 5), torch.zeros_like(things)], dim=-1)[:, :, :, None].byte()
+    batch = Batch(
+        obs,
+        torch.zeros(2, 2, dtype=torch.long),
+        torch.zeros(2, 2, dtype=torch.bool),
+        torch.ones(2, 2, dtype=torch.bool),
+        torch.tensor([[True, False]] * 2),
+    )
+    times = Times(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), torch.zeros(3).long(), torch.tensor([True] * 3))
+    monkeypatch.setattr("rlrep.objectives.gru.draw_times", lambda mask, n, burn_in: times)
+    states = objective.belief.unroll(encoder.encode(obs), batch.action, batch.first)
+    logits = objective.memory.tell(objective.belief.features(states))
+    errors = []
+    for i, t, seen in ((0, 1, {1, 2}), (0, 2, {1, 2, 3}), (1, 2, {1, 4})):
+        for kind in (1, 2, 3, 4):
+            chance = 1 / (1 + math.exp(-float(logits[i, t, kind + SYMBOLS * 5])))
+            errors.append(-math.log(chance if kind in seen else 1 - chance))
+    _, metrics = loss_of(objective, batch)
+    assert metrics["kinds"] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_kinds_of_numbers_are_refused() -> None:
+    with pytest.raises(SpaceError, match="kinds"):
+        build({**GRU, "kinds": 1.0})
+    with pytest.raises(ValueError, match="horizon must lie between 1 and the 6"):
+        build({**GRU, "ahead": 1.0, "horizon": 7})
+    with pytest.raises(ValueError, match="contrast must not be negative"):
+        build({**GRU, "contrast": -1.0})
 
 
 SMALL = {"name": "rssm", "steps": T, "deter": 5, "groups": 2, "classes": 3, "hidden": 6}
@@ -583,7 +707,7 @@ def test_rssm_is_the_papers(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> No
                 logit = float(model.ends(model.context(torch.cat([deter, codes])[None]))[0])
                 ends.append(math.log(1 + math.exp(logit)))
     seen, recalled = [], []
-    for i, t, j in zip(*(x.tolist() for x in TIMES), strict=True):
+    for i, t, j, _ in zip(*(x.tolist() for x in TIMES), strict=True):
         state = features_at[i, t + 1]
         drawn = model.reconstruct.decode(model.context(state[8:][None]))[0]
         seen.append(float((drawn - symlog(batch.obs[i, t + 1])).square().mean()))
