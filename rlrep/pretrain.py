@@ -162,7 +162,7 @@ def pretrain(
                 "one, and an objective such as 'gru', which trains a recurrent encoder on it and saves it as belief/"
             )
         objective = make_objective(objectives, built, dataset.action_space).to(torch_device)
-        train, held = (dataset, dataset) if held_out == 0 else dataset.split(held_out, np.random.default_rng([seed, 0]))
+        train, held = split(dataset, held_out, seed)
         prober = Prober(dataset, seed=seed) if probe_every and distributed.rank() == 0 else None
         dataset.check_room(batch_size // distributed.world_size(), objective.span)
         if torch_device.type == "cuda":
@@ -203,6 +203,11 @@ def pretrain(
             # Nobody returns before the encoder is on disk.
             distributed.broadcast(b"")
     return built.eval()
+
+
+def split(data: Dataset, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Returns the episodes that `pretrain` learns from with these settings, and those that it holds out; all, for 0."""
+    return data.split(held_out, np.random.default_rng([seed, 0])) if held_out else (data, data)
 
 
 def bfloat16_pays(device: torch.device) -> bool:

@@ -18,9 +18,12 @@ from tqdm import tqdm
 
 from rlrep import runs
 from rlrep.collect import collect
-from rlrep.encoders import Encoder
+from rlrep.dataset import open_dataset
+from rlrep.encoders import Encoder, WorldModel, load_belief
 from rlrep.encoders.recurrent import BELIEF
 from rlrep.evaluate.dreams import dream
+from rlrep.evaluate.evidence import DREAMS
+from rlrep.evaluate.memory import SEEN, probe_memory
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import check_free, report
 from rlrep.evaluate.summary import Summary
@@ -28,10 +31,10 @@ from rlrep.explore import Actor, explorers
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.finetune import finetune, parse_arms
 from rlrep.objectives import Objective, objectives
-from rlrep.pretrain import pretrain
+from rlrep.pretrain import pretrain, split
 from rlrep.registry import split_spec
 from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml, settings_of
-from rlrep.types import RunError
+from rlrep.types import RlrepError, RunError
 from rlrep.warm import load_explorer
 
 RECIPE, LOG = "recipe.yaml", "log.txt"
@@ -140,6 +143,7 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
         trained = out / f"pretrain{suffix}"
         print(f"[2/4] pretrain: {', '.join(map(str, recipe.pretrain.objectives))} -> {trained}")
         encoder = pretrain(folders, out=trained, overwrite=overwrite, **vars(recipe.pretrain))
+        _look_at_memory(trained, folders, recipe.pretrain.held_out, recipe.pretrain.seed)
     n_runs = len(recipe.finetune.arms) * len(recipe.finetune.seeds)
     print(f"[3/4] finetune: {n_runs} runs of {recipe.finetune.steps:,} steps with reward -> {out / 'finetune'}")
     scores = finetune(
@@ -152,6 +156,22 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
     )
     print(f"[4/4] report -> {out / 'report.html'}")
     return report(scores, out=out, stages=folders)
+
+
+def _look_at_memory(trained: Path, folders: Sequence[Path], held_out: float, seed: int) -> None:
+    """Lets a world model dream, and asks what it remembers, where nobody did yet: for the report."""
+    if not (trained / BELIEF).exists():
+        return
+    model, data = load_belief(trained), open_dataset(folders)
+    try:
+        if isinstance(model, WorldModel) and not (trained / "dreams" / DREAMS).exists():
+            dream(model, split(data, held_out, seed)[1], out=trained / "dreams")
+        for factor in data.factor_names:
+            probed = trained / f"memory-{factor}.json"
+            if factor + SEEN in data.factor_names and not probed.exists():
+                runs.write_json(probed, probe_memory(model, data, factor).to_json())
+    except RlrepError as error:
+        print(f"the report will not show all that the model dreams and remembers: {error}")
 
 
 def _learns_nothing(explorer: str | Mapping[str, Any]) -> bool:

@@ -111,6 +111,25 @@ def test_an_arm_that_remembers_needs_an_objective_that_trains_a_memory(folder: P
     assert _trains_a_memory({"name": "rssm"})
 
 
+def test_what_a_world_model_dreams_and_remembers_is_in_the_report(folder: Path) -> None:
+    text = TINY.replace("rlrep/TinyGrid-v0:size=5", "MiniGrid-MemoryS7-v0:obs=grid")
+    text = text.replace("[scratch, frozen]", "[belief]").replace("steps: 400", "steps: 2000")
+    (folder / "recipe.yaml").write_text(text)
+    model = "gru:steps=8,width=16,decoder_width=4"
+    recipe = changed(load_recipe(folder), {"pretrain.objectives": [model], "finetune.seeds": [0]})
+    run(recipe, folder / "out")
+    trained = folder / "out" / "pretrain"
+    assert runs.read_json(trained / "dreams" / "dreams.json")
+    probed = runs.read_json(trained / "memory-cue.json")
+    assert probed["rows"][-1]["age"] == "all"
+    page = (folder / "out" / "report.html").read_text()
+    assert "What is remembered of cue" in page
+    assert 'alt="strips, a picture from the pre-training run"' in page
+    before = (trained / "memory-cue.json").stat().st_mtime_ns
+    run(recipe, folder / "out")
+    assert (trained / "memory-cue.json").stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize("explorer", ["random", "random:sticky=0.5", {"name": "random"}])
 def test_a_warm_start_from_an_explorer_that_learns_nothing_is_refused_at_once(folder: Path, explorer: Any) -> None:
     recipe = changed(load_recipe(folder), {"finetune.arms": ["warm-actor"], "collect.explorer": explorer})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rlrep.dataset import COMMIT, META, PARTS, Dataset, open_dataset, parts_of
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.comparison import Task
 from rlrep.evaluate.exploration import Explored, explorer_of
+from rlrep.evaluate.memory import MemoryProbe
 from rlrep.evaluate.probes import features_of
 from rlrep.types import RlrepError, SpaceError, to_tensor
 
@@ -50,6 +51,8 @@ class Evidence:
     """Its `metrics.jsonl`."""
     probes: Mapping[str, Any] | None = None
     """What `rlrep probe --out` wrote into its folder."""
+    memory: tuple[MemoryProbe, ...] = ()
+    """What `rlrep probe --memory --out` wrote there, and recipes do."""
     pictures: tuple[Path, ...] = ()
     """Pictures in its folder, and of dreams that were named."""
 
@@ -110,7 +113,8 @@ def gather(task: Task, stages: Iterable[str | Path] = ()) -> Evidence:
         if record.get("results", {}).get("encoder_digest") == encoder["digest"]:
             metrics = runs.read_jsonl(place / "metrics.jsonl")
             dreamt = [path for root in roots if (root / DREAMS).is_file() for path in _pictures(root)]
-            return Evidence(tuple(data), place, record, metrics, _probes(place), (*_pictures(place), *dreamt))
+            pictures = (*_pictures(place), *dreamt)
+            return Evidence(tuple(data), place, record, metrics, _probes(place), _memory(place), pictures)
     return Evidence(tuple(data))
 
 
@@ -262,14 +266,25 @@ def _find_data(places: Sequence[Path], digest: str | None) -> list[Path]:
 
 
 def _probes(place: Path) -> Mapping[str, Any] | None:
+    return next(
+        (found for found in _json_files(place) if {"scores", "features", "n_train", "n_test"} <= found.keys()), None
+    )
+
+
+def _memory(place: Path) -> tuple[MemoryProbe, ...]:
+    names = {field.name for field in dataclasses.fields(MemoryProbe)}
+    return tuple(MemoryProbe(**found) for found in _json_files(place) if found.keys() == names)
+
+
+def _json_files(place: Path) -> Iterator[dict[str, Any]]:
+    """Yields what the files of a folder hold that hold a mapping."""
     for path in sorted(place.glob("*.json")):
         try:
             found = runs.read_json(path)
         except RlrepError:
             continue
-        if isinstance(found, dict) and {"scores", "features", "n_train", "n_test"} <= found.keys():
-            return found
-    return None
+        if isinstance(found, dict):
+            yield found
 
 
 def _pictures(place: Path) -> tuple[Path, ...]:

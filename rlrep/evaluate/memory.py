@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
@@ -25,6 +27,9 @@ AGES = (1, 3, 5, 9, 17, 33, 65, 129)
 
 SEEN = "_seen"
 """A factor `cue` is in sight where the factor `cue_seen` is not 0."""
+
+ALL = "all"
+"""The last row, of every age."""
 
 PER_EPISODE = 8
 """Observations of one episode at most: its others say almost the same."""
@@ -57,6 +62,26 @@ class MemoryProbe:
         for row in self.rows:
             table.add_row(row["age"], f"{row['n']:,}", *(f"{row[name]:.3f}" for name in columns))
         return [table]
+
+    def draw(self) -> Figure:
+        """Returns the accuracies over the steps since the factor was last in sight."""
+        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        ax = figure.subplots()
+        rows = [row for row in self.rows if row["age"] != ALL]
+        for name, colour, label in (
+            ("accuracy", "#0072b2", "features that remember"),
+            ("memoryless", "#d55e00", "features of the current observation"),
+            ("untrained", "#999999", "untrained"),
+            ("chance", "#444444", "chance"),
+        ):
+            style = "--" if name == "chance" else "-"
+            ax.plot([row["age"] for row in rows], [row[name] for row in rows], style, color=colour, label=label)
+        ax.set(xlabel=f"steps since {self.factor} was seen", ylabel="accuracy", ylim=(0, 1.03))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="#eeeeee", linewidth=0.8)
+        ax.legend(frameon=False, fontsize=8)
+        return figure
 
     def unmet(self, requirements: Sequence[str]) -> list[str]:
         """Returns what is wanting, a sentence each, of requirements such as `all>0.9` or `17-32>0.8`.
@@ -159,7 +184,7 @@ def probe_memory(
         _row(f"{AGES[i]}-{AGES[i + 1] - 1}" if i + 1 < len(AGES) else f"{AGES[i]}+", right, bins == i)
         for i in np.unique(bins)
     ]
-    return MemoryProbe(factor, where, [*rows, _row("all", right, np.ones(len(bins), bool))], len(labels))
+    return MemoryProbe(factor, where, [*rows, _row(ALL, right, np.ones(len(bins), bool))], len(labels))
 
 
 def _row(age: str, right: dict[str, Tensor], where: np.ndarray) -> dict[str, Any]:

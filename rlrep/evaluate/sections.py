@@ -12,6 +12,7 @@ import numpy as np
 from rlrep.evaluate import curves, exploration
 from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, ArmSummary, Run, Task, charged_speed_up, find_baseline
 from rlrep.evaluate.evidence import Evidence, draw_features, draw_pretraining
+from rlrep.evaluate.memory import MemoryProbe
 from rlrep.evaluate.page import Picture, Section, Table
 from rlrep.evaluate.summary import Summary
 from rlrep.evaluate.wording import (
@@ -320,6 +321,7 @@ def _pretraining(evidence: Evidence, task: Task, of: str) -> list[Section]:
                 tables=[Table("", probes)],
             )
         )
+    found += [_memory(one, of) for one in evidence.memory]
     if features := draw_features(task, evidence):
         figure, factors = features
         found.append(
@@ -351,6 +353,30 @@ def _pretraining(evidence: Evidence, task: Task, of: str) -> list[Section]:
             )
         )
     return found
+
+
+def _memory(found: MemoryProbe, of: str) -> Section:
+    columns = ("chance", "untrained", "memoryless", "accuracy")
+    where = f", at observations where {found.where}" if found.where else ""
+    return Section(
+        f"What is remembered of {found.factor}{of}",
+        [
+            f"Accuracy of a linear probe for what `{found.factor}` was when it was last in sight, on episodes that the "
+            f"probe has not seen, at observations where it is not in sight{where}. Where the features of the current "
+            "observation alone (memoryless) beat chance, the task is no test of memory."
+        ],
+        [Picture(found.draw(), f"Accuracy for {found.factor} over the steps since it was seen")],
+        [
+            Table(
+                "",
+                [
+                    {"steps since seen": (row["age"], ""), "observations": (f"{row['n']:,}", "")}
+                    | {name: (f"{row[name]:.3f}", "") for name in columns}
+                    for row in found.rows
+                ],
+            )
+        ],
+    )
 
 
 def _probe_rows(evidence: Evidence) -> list[Row]:
