@@ -116,7 +116,8 @@ def main(
             for task in policies.tasks
             for seed in policies.seeds
             for arm, options in policies.arms.items()
-            for model_seed in (plan.seeds if options["kind"] in PRETRAINED else [0])
+            # Policies share the world models out.
+            for model_seed in [plan.seeds[seed % len(plan.seeds)]]
         ]
 
         def key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -1,8 +1,8 @@
 """Compares objectives on the same work: `python runs/objectives/compare.py`, again to go on after an interruption.
 
-A cell is one objective, task and pre-training seed: its encoder is trained, probed, and given frozen to PPO with every
-seed. A cell that is done is one row of `results/cells.jsonl`, which is all that has to be kept: data and encoders lie
-in `out/` and are made again where they are missing. `results/report.md` is written from the rows that are there.
+A cell is one objective, task and pre-training seed: its encoder is trained, probed, and given frozen to PPO with its
+share of the seeds. A cell that is done is one row of `results/cells.jsonl`, which is all that has to be kept: data and
+encoders lie in `out/` and are made again where they are missing. `results/report.md` is written from what is there.
 """
 
 from __future__ import annotations
@@ -58,6 +58,14 @@ def key(cell: Cell) -> tuple[Any, ...]:
     return cell["task"], cell["arm"], cell["pretrain_seed"]
 
 
+def policy_seeds(plan: Plan, pretrain_seed: int | None) -> list[int]:
+    """Returns PPO's seeds on the encoder of a pre-training seed: encoders share them out; controls have them all."""
+    seeds: list[int] = plan.finetune["seeds"]
+    if pretrain_seed is None:
+        return seeds
+    return seeds[plan.pretrain_seeds.index(pretrain_seed) :: len(plan.pretrain_seeds)]
+
+
 def folder_name(text: str) -> str:
     """A spec or a name as the name of a folder."""
     return re.sub(r"[^\w.+-]+", "_", text)
@@ -81,11 +89,10 @@ def run_cell(plan: Plan, cell: Cell, out: Path) -> Cell:
             **rlrep.probe(encoder, data).to_json(),
         }
     arms = ["frozen" if arm in plan.objectives else arm]
-    rewarded = rlrep.finetune(task, out=folder / "finetune", encoder=encoder, arms=arms, steps=budget, **plan.finetune)
+    settings = {**plan.finetune, "arms": arms, "steps": budget, "seeds": policy_seeds(plan, seed)}
+    rewarded = rlrep.finetune(task, out=folder / "finetune", encoder=encoder, **settings)
     rows = runs.read_jsonl(rewarded / "scores.jsonl")
-    curves = {
-        str(of): [[row["steps"], row["return"]] for row in rows if row["seed"] == of] for of in plan.finetune["seeds"]
-    }
+    curves = {str(of): [[row["steps"], row["return"]] for row in rows if row["seed"] == of] for of in settings["seeds"]}
     seconds = [row["seconds"] for row in rows if row["last"]]
     return {**cell, "budget": budget, "curves": curves, "rl_seconds": float(np.mean(seconds)), **runs.provenance(seed)}
 
