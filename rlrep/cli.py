@@ -132,6 +132,8 @@ class ProbeCommand:
     def __call__(self) -> int:
         """Probes, and prints what is wanting."""
         found: Probes | MemoryProbe
+        # A misspelt one costs nothing.
+        (Probes if self.memory is None else MemoryProbe).read(self.require)
         if self.memory is None:
             if self.where:
                 raise SettingsError("--where says which observations count for --memory, which is missing")

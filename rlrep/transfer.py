@@ -190,6 +190,7 @@ class _Learner:
         own = [p for p in objective.parameters() if p.requires_grad and id(p) not in encoder]
         self.own_optimizer = torch.optim.Adam(own) if own else None
         self.n_steps = self.depth = 0
+        self.call = model.start_time
         self.hooks = [
             optimizer.register_step_pre_hook(self.before_step),
             optimizer.register_step_post_hook(self.after_step),
@@ -211,7 +212,8 @@ class _Learner:
         """Adds the objective's gradient to the one that is there, and steps what the objective has of its own."""
         self.depth += 1
         # torch calls hooks again for the optimiser that ours is derived from.
-        if self.depth > 1:
+        # And a call of `learn` that was interrupted leaves them behind.
+        if self.depth > 1 or self.call != self.callback.model.start_time:
             return
         self.n_steps += 1
         if self.n_steps % self.callback.every:

@@ -398,6 +398,14 @@ def test_a_callback_can_be_used_again_after_an_interruption() -> None:
         model.learn(64, callback=[auxiliary, Interrupt()])
     model.learn(64, callback=auxiliary)
     assert not model.policy.optimizer._optimizer_step_pre_hooks
+    # What another one left behind does nothing any more.
+    left = Auxiliary("sb3_cases:Shrink", batch_size=4)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(64, callback=[left, Interrupt()])
+    steps = [learner.n_steps for learner in left._learners]
+    assert steps
+    model.learn(64, callback=Auxiliary("sb3_cases:Shrink", batch_size=4))
+    assert [learner.n_steps for learner in left._learners] == steps
 
 
 @pytest.mark.parametrize(

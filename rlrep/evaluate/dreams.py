@@ -27,7 +27,7 @@ from rlrep import runs, spaces
 from rlrep.dataset import Dataset, open_dataset
 from rlrep.encoders import Encoder, WorldModel
 from rlrep.imagination import load_world_model
-from rlrep.types import DatasetError, Tree, to_tensor, tree_map
+from rlrep.types import DatasetError, RunError, Tree, to_tensor, tree_map
 
 ROWS = 2**11
 """Observations that are decoded at once."""
@@ -110,6 +110,8 @@ def dream(
         DatasetError: No episode is longer than the context.
         ValueError: A number out of range.
     """
+    if out is not None and Path(out).is_file():
+        raise RunError(f"{out} is a file, and dreams need a folder")
     model = load_world_model(encoder)
     dataset = open_dataset(data)
     for name, number, least in (

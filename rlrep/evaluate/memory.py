@@ -89,20 +89,31 @@ class MemoryProbe:
         Raises:
             RequirementError: A requirement cannot be read, or is of an age that was not met.
         """
-        found = {row["age"]: row["accuracy"] for row in self.rows}
+        accuracy = {row["age"]: row["accuracy"] for row in self.rows}
         wanting = []
+        for requirement, (age, bound) in zip(requirements, self.read(requirements), strict=True):
+            if age not in accuracy:
+                raise RequirementError(f"nothing was probed at age {age!r}. There are: {', '.join(accuracy)}")
+            if not accuracy[age] > bound:
+                wanting.append(f"{requirement} is not met: accuracy is {accuracy[age]:.3f}")
+        return wanting
+
+    @staticmethod
+    def read(requirements: Sequence[str]) -> list[tuple[str, float]]:
+        """Returns the age and the bound of each requirement.
+
+        Raises:
+            RequirementError: One of them is not written as it should be.
+        """
+        found = []
         for requirement in requirements:
             match = re.fullmatch(r"\s*([\w-]+)\s*>\s*(\d*\.?\d+)\s*", requirement)
             if not match:
                 raise RequirementError(
                     f"a requirement of a memory probe is written age>number, such as 'all>0.9', not {requirement!r}"
                 )
-            age, bound = match.groups()
-            if age not in found:
-                raise RequirementError(f"nothing was probed at age {age!r}. There are: {', '.join(found)}")
-            if not found[age] > float(bound):
-                wanting.append(f"{requirement} is not met: accuracy is {found[age]:.3f}")
-        return wanting
+            found.append((match[1], float(match[2])))
+        return found
 
 
 def probe_memory(

@@ -115,15 +115,27 @@ class Probes:
             RequirementError: A requirement cannot be read.
         """
         wanting = []
+        for requirement, (name, kind, sign, bound) in zip(requirements, self.read(requirements), strict=True):
+            found, limit = self._value(name, kind), self._bound(name, kind, bound)
+            if not (found > limit if sign == ">" else found < limit):
+                wanting.append(f"{requirement} is not met: {name} is {found:.3f}, and {bound} is {limit:.3f}")
+        return wanting
+
+    @staticmethod
+    def read(requirements: Sequence[str]) -> list[tuple[str, str, str, str]]:
+        """Returns name, kind of probe, sign and bound of each requirement.
+
+        Raises:
+            RequirementError: One of them is not written as it should be.
+        """
+        found = []
         for requirement in requirements:
             match = re.fullmatch(r"\s*([^<>=.\s]+)(?:\.(linear|knn))?\s*([<>])\s*([^\s=]+)\s*", requirement)
             if not match:
                 raise RequirementError(f"a requirement is written label>number or label<number, not {requirement!r}")
             name, kind, sign, bound = match.groups()
-            found, limit = self._value(name, kind or "linear"), self._bound(name, kind or "linear", bound)
-            if not (found > limit if sign == ">" else found < limit):
-                wanting.append(f"{requirement} is not met: {name} is {found:.3f}, and {bound} is {limit:.3f}")
-        return wanting
+            found.append((name, kind or "linear", sign, bound))
+        return found
 
     def _value(self, name: str, kind: str) -> float:
         if name in self.scores:

@@ -19,7 +19,7 @@ from rlrep.collect import collect
 from rlrep.dataset import Dataset
 from rlrep.evaluate.dreams import difference, dream, pictures
 from rlrep.registry import SpecError
-from rlrep.types import DatasetError, SpaceError
+from rlrep.types import DatasetError, RunError, SpaceError
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,9 @@ def test_what_cannot_be_dreamt_is_an_error(data: Dataset, tmp_path: Path) -> Non
         dream(CorridorModel(Corridor.observation_space, spaces.Discrete(3)), data)
     with pytest.raises(ValueError, match="dreams must be at least 2"):
         dream(model_of(), data, dreams=1)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file is a file, and dreams need a folder"):
+        dream(tmp_path / "nothing", data, out=tmp_path / "file")
 
 
 def test_on_the_command_line(data: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

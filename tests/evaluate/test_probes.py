@@ -195,6 +195,12 @@ def test_the_command_is_a_gate(data: Dataset, tmp_path: Path, capsys: pytest.Cap
     assert "luck>0.95 is not met" in capsys.readouterr().err
     assert main([*call, "--require", "lucky>0.95"]) == 1
     assert "Did you mean 'luck'" in capsys.readouterr().err
+    # Nothing is probed for a requirement that cannot be read.
+    call[1] = str(tmp_path / "nothing")
+    assert main([*call, "--require", "luck=0.95"]) == 1
+    assert "written label>number" in capsys.readouterr().err
+    assert main([*call, "--memory", "cue", "--require", "all<0.95"]) == 1
+    assert "written age>number" in capsys.readouterr().err
 
 
 def test_pretraining_can_be_probed_as_it_goes(data: Dataset, tmp_path: Path) -> None:
