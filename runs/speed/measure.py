@@ -17,7 +17,7 @@ import torch
 
 from rlrep import runs
 
-GROUPS = ("collecting", "exploring", "sampling", "training", "gpu", "scale", "ddp")
+GROUPS = ("collecting", "exploring", "sampling", "training", "dreamer", "gpu", "scale", "ddp")
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 
