@@ -78,6 +78,8 @@ class Arm:
     unfreeze_every: int | None = None
     auxiliary: list[str | Mapping[str, Any]] = dataclasses.field(default_factory=list)
     critic_steps: int = 0
+    algorithm: str | None = None
+    """What trains it, where that is not what trains the others."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Constructor arguments of the algorithm, over those all arms share."""
 
@@ -147,9 +149,12 @@ def parse_arms(arms: Sequence[str | Mapping[str, Any]], algorithm: str, settings
     parsed = [Arm.parse(arm) for arm in arms]
     if len({arm.name for arm in parsed}) < len(parsed) or not parsed:
         raise ValueError(f"arms need names of their own, and there must be one at least: {[a.name for a in parsed]}")
-    cls = get_algorithm(algorithm)
     for arm in parsed:
-        check_settings(cls, {**settings, **arm.settings})
+        check_settings(get_algorithm(arm.algorithm or algorithm), {**settings, **arm.settings})
+        if arm.algorithm is not None and arm.explored:
+            raise ValueError(
+                f"arm {arm.name!r} starts from an explorer, and goes on with the algorithm of the run: say it there"
+            )
         if arm.critic_steps < 0 or (arm.critic_steps and arm.kind not in WARM):
             raise ValueError(
                 f"critic_steps={arm.critic_steps} of arm {arm.name!r}: it is 0 or more, and only arms that start "
@@ -264,7 +269,7 @@ def finetune(
         spaces.check_same(space, pretrained.observation_space, "this encoder was made for observations")
         for arm in parsed:
             if arm.kind == "finetune":
-                policy_kwargs(pretrained, algorithm, **arm.transfer)
+                policy_kwargs(pretrained, arm.algorithm or algorithm, **arm.transfer)
     if belief is not None:
         spaces.check_same(action_space, belief.action_space, "this encoder was made for actions")
     network, acted_on = None, None
@@ -393,6 +398,7 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
     evaluation = make_vec_env(
         job["env"], min(job["n_envs"], job["eval_episodes"]), first_seed + SEED_STRIDE, factors=False
     )
+    name: str = arm.algorithm or job["algorithm"]
     encoder: Encoder = job["encoder"]
     if not (arm.pretrained or arm.explored):
         torch.manual_seed(job["seed"])
@@ -412,7 +418,7 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
         model = warm_start(
             start,
             explorer,
-            job["algorithm"],
+            name,
             env,
             policy_kwargs=extra,
             seed=job["seed"],
@@ -425,8 +431,8 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
     else:
         mode: Literal["finetune", "scratch"] = "finetune" if arm.pretrained else "scratch"
         shift = arm.shift if arm.kind == "augment" else 0
-        extra = policy_kwargs(encoder, job["algorithm"], mode=mode, shift=shift, **arm.transfer, **extra)
-    algorithm = get_algorithm(job["algorithm"])
+        extra = policy_kwargs(encoder, name, mode=mode, shift=shift, **arm.transfer, **extra)
+    algorithm = get_algorithm(name)
     policy = policy_name(algorithm, env.observation_space)
     model = algorithm(policy, env, seed=job["seed"], policy_kwargs=extra, device=job["device"], **settings)
     return model, evaluation

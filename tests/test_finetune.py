@@ -64,6 +64,19 @@ def test_a_recurrent_algorithm_trains_on_observations_and_on_features(encoder: E
     assert {row["arm"] for row in read_jsonl(out / SCORES) if row["last"]} == {"scratch", "frozen"}
 
 
+def test_arms_can_have_algorithms_of_their_own(encoder: Encoder, tmp_path: Path) -> None:
+    arms = ["frozen", {"name": "dqn", "kind": "frozen", "algorithm": "dqn", "settings": {"learning_starts": 8}}]
+    small = {**SMALL, "steps": 64, "eval_every": 64, "settings": {"learning_rate": 1e-3}}
+    out = finetune(SPEC, encoder=encoder, out=tmp_path / "run", seeds=(3,), arms=arms, **small)
+    assert {row["arm"] for row in read_jsonl(out / SCORES) if row["last"]} == {"frozen", "dqn"}
+    arms[1] = {**arms[1], "algorithm": "dqnn"}
+    with pytest.raises(ValueError, match="Did you mean 'dqn'"):
+        finetune(SPEC, encoder=encoder, out=tmp_path / "other", seeds=(3,), arms=arms, **small)
+    with pytest.raises(ValueError, match="algorithm of the run"):
+        finetune(SPEC, out=tmp_path / "other", arms=[{"name": "warm-actor", "algorithm": "ppo"}], **small)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_memory_is_an_arm(tmp_path: Path) -> None:
     space, action_space = (getattr(make_vec_env(SPEC), name) for name in ("observation_space", "action_space"))
     torch.manual_seed(0)
