@@ -1,0 +1,251 @@
+"""Says on nine tasks whether it helps: `python runs/suite/suite.py`, again to go on, `--small` for a first look.
+
+For each task data are collected and an encoder or an explorer is trained, without reward. On the first task of each
+group every arm is tuned: all candidates for its settings, with seeds of their own. Then each task is learnt by every
+arm, with the settings that suited it best. The scores of a task that is done lie in `results/`, which is all that has
+to be kept; `results/suite.md` sets ours beside the best baseline of every task, and `results/report.html` has the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+import rlrep
+from rlrep import runs
+from rlrep.evaluate.comparison import EXPLORER, ArmSummary, Task, compare, read_task, slowness
+from rlrep.finetune import SCORES
+from rlrep.settings import load_yaml
+
+HERE = Path(__file__).parent
+BASELINE, OURS = "best baseline", "ours"
+
+# What explores the memory tasks stands beside their own runs.
+sys.path.append(str(HERE.parent / "memory"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskPlan:
+    """One task."""
+
+    env: str
+    steps: int
+    """With reward, of every arm."""
+    threshold: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Tasks that ask for the same."""
+
+    ours: str
+    """The arm that stands for us, whatever turns out to be the best."""
+    collect: dict[str, Any]
+    arms: list[Any]
+    finetune: dict[str, Any]
+    candidates: dict[str, dict[str, Any]]
+    """Settings of the algorithm that are tried for every arm."""
+    tasks: dict[str, TaskPlan]
+    pretrain: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+    """What of it is done for a first look."""
+
+    tasks: list[str]
+    seeds: list[int]
+    tuning_seeds: list[int]
+    candidates: int
+    steps: float
+    """The share of every number of steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `suite.yaml` says."""
+
+    seeds: list[int]
+    tuning_seeds: list[int]
+    small: Small
+    groups: dict[str, Group]
+
+    def shortened(self) -> Plan:
+        """Returns the small one."""
+        small = self.small
+        groups = {}
+        for name, group in self.groups.items():
+            tasks = {
+                task: dataclasses.replace(found, steps=int(found.steps * small.steps))
+                for task, found in group.tasks.items()
+                if task in small.tasks
+            }
+            candidates = dict(list(group.candidates.items())[: small.candidates])
+            groups[name] = dataclasses.replace(group, tasks=tasks, candidates=candidates)
+        return dataclasses.replace(self, seeds=small.seeds, tuning_seeds=small.tuning_seeds, groups=groups)
+
+
+def named(arm: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an arm as a mapping."""
+    return {"name": arm, "kind": arm} if isinstance(arm, str) else {"kind": arm["name"], **arm}
+
+
+class Work:
+    """One suite: where it is made, and where its scores are kept.
+
+    Args:
+        plan: What to do.
+        out: Data, encoders and unfinished runs; may be thrown away.
+        results: Scores of what is done.
+    """
+
+    def __init__(self, plan: Plan, out: Path, results: Path) -> None:
+        self.plan, self.out, self.results = plan, out, results
+
+    def learn(self, place: str, name: str, group: Group, arms: list[dict[str, Any]], seeds: list[int]) -> Path:
+        """Trains arms on a task unless their scores are there, and returns the folder of these."""
+        kept, task = self.results / place, group.tasks[name]
+        if not (kept / runs.RECORD).exists():
+            folder = self.out / name
+            data = rlrep.collect(task.env, out=folder / "data", **group.collect)
+            options: dict[str, Any] = {}
+            if group.pretrain is not None:
+                rlrep.pretrain(data, out=folder / "pretrain", **group.pretrain)
+                options["encoder"] = folder / "pretrain"
+            else:
+                options["explorer"] = folder / "data"
+            made = rlrep.finetune(
+                task.env,
+                out=self.out / place / "finetune",
+                arms=arms,
+                seeds=seeds,
+                steps=task.steps,
+                threshold=task.threshold,
+                **options,
+                **group.finetune,
+            )
+            kept.mkdir(parents=True, exist_ok=True)
+            for file in (SCORES, runs.RECORD):
+                shutil.copy(made / file, kept / file)
+        return kept
+
+    def tuned(self, of: str) -> list[dict[str, Any]]:
+        """Returns the arms of a group, each with the settings that suited it best on the group's first task."""
+        group, arms = self.plan.groups[of], []
+        tried = [
+            {**arm, "name": f"{arm['name']} {name}", "settings": {**arm.get("settings", {}), **settings}}
+            for arm in map(named, group.arms)
+            if arm["kind"] != EXPLORER
+            for name, settings in group.candidates.items()
+        ]
+        found = read_task(self.learn(f"tuning-{of}", next(iter(group.tasks)), group, tried, self.plan.tuning_seeds))
+        areas = {arm.name: float(np.mean([run.area for run in arm.finished])) for arm in found.arms}
+        for arm in map(named, group.arms):
+            if arm["kind"] != EXPLORER:
+                area, best = max((areas[f"{arm['name']} {name}"], name) for name in group.candidates)
+                arm["settings"] = {**arm.get("settings", {}), **group.candidates[best]}
+                print(f"{of}: {arm['name']} does best with {best} (mean return over all steps {area:.2f})")
+            arms.append(arm)
+        return arms
+
+    def run(self) -> None:
+        """Does what is missing, and reports on what is there after each task."""
+        self.results.mkdir(parents=True, exist_ok=True)
+        done: dict[str, Path] = {}
+        for of, group in self.plan.groups.items():
+            arms = self.tuned(of)
+            for name in group.tasks:
+                done[name] = self.learn(name, name, group, arms, self.plan.seeds)
+                self.report(done)
+
+    def report(self, done: Mapping[str, Path]) -> None:
+        """Writes `suite.md`, and the report on all arms of all tasks."""
+        rlrep.report(list(done.values()), out=self.results, overwrite=True)
+        lines = [
+            "# Ours beside the best baseline",
+            "",
+            f"{len(done)} of {sum(len(group.tasks) for group in self.plan.groups.values())} tasks, seeds "
+            f"{', '.join(map(str, self.plan.seeds))}. A baseline is any arm that learnt nothing without reward; that "
+            "of a task is its best, by the same seeds: a choice in their favour. Ours is one arm a group, chosen "
+            "beforehand. Speed-ups are in rewarded steps, with 95 % intervals.",
+            "",
+            "| task | ours | solved | rewarded steps | best baseline | solved | rewarded steps | speed-up |",
+            "|" + "---|" * 8,
+        ]
+        pairs = []
+        for name, path in done.items():
+            task = read_task(path)
+            group = next(group for group in self.plan.groups.values() if name in group.tasks)
+            baseline = min((arm for arm in task.arms if _learnt_nothing(arm)), key=lambda a: slowness(_alone(task, a)))
+            ours = next(arm for arm in task.arms if arm.name == group.ours)
+            pair = _pair(task, ours, baseline)
+            pairs.append(pair)
+            mine, other = compare([pair], pair.budget, BASELINE)
+            lines.append(
+                f"| {name} | {ours.name} | {mine.n_solved}/{len(mine.finished)} | {_steps(mine)} | {baseline.name} | "
+                f"{other.n_solved}/{len(other.finished)} | {_steps(other)} | {_ratio(mine)} |"
+            )
+        everything, _ = compare(pairs, 1.0, BASELINE)
+        only = [
+            pair.label
+            for pair in pairs
+            if (counts := {arm.name: arm.n_solved for arm in pair.arms})[OURS] and not counts[BASELINE]
+        ]
+        lines += ["", f"Over all tasks: {_ratio(everything)}. Solved by ours alone: {', '.join(only) or 'none'}."]
+        (self.results / "suite.md").write_text("\n".join(lines) + "\n")
+        print(self.results / "suite.md")
+
+
+def _learnt_nothing(arm: ArmSummary) -> bool:
+    return not arm.pretrained and arm.kind != EXPLORER
+
+
+def _alone(task: Task, arm: ArmSummary) -> ArmSummary:
+    """Returns the arm with its statistics."""
+    return compare([dataclasses.replace(task, arms=(arm,))], task.budget)[0]
+
+
+def _pair(task: Task, ours: ArmSummary, baseline: ArmSummary) -> Task:
+    """Returns the task with these two arms, under the names that all tasks share."""
+    both = (
+        dataclasses.replace(arm, name=name, runs=tuple(dataclasses.replace(run, arm=name) for run in arm.runs))
+        for name, arm in ((OURS, ours), (BASELINE, baseline))
+    )
+    return dataclasses.replace(task, arms=tuple(both))
+
+
+def _steps(arm: ArmSummary) -> str:
+    return f"{arm.steps.point:,.0f}" if arm.steps and np.isfinite(arm.steps.point) else "not reached"
+
+
+def _ratio(arm: ArmSummary) -> str:
+    found = arm.speed_up
+    if found is None or np.isnan(found.point):
+        return "unknown"
+    bound = "" if found.bound == "exact" else f"{found.bound} "
+    return f"{bound}{found.point:.1f} ({found.low:.1f} to {found.high:.1f})"
+
+
+def main(small: bool = False, out: Path = HERE / "out", results: Path = HERE / "results") -> None:
+    """Does what is missing of the suite, and reports.
+
+    Args:
+        small: A task of each group, less of everything; its results lie in `small/`.
+        out: Data, encoders and unfinished runs; may be thrown away.
+        results: Scores of what is done, and the reports.
+    """
+    plan = load_yaml(Plan, HERE / "suite.yaml")
+    if small:
+        plan, out, results = plan.shortened(), out / "small", results / "small"
+    Work(plan, out, results).run()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
