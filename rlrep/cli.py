@@ -132,7 +132,7 @@ class ProbeCommand:
     def __call__(self) -> int:
         """Probes, and prints what is wanting."""
         found: Probes | MemoryProbe
-        # A misspelt one costs nothing.
+        # One that cannot be read costs nothing.
         (Probes if self.memory is None else MemoryProbe).read(self.require)
         if self.memory is None:
             if self.where:

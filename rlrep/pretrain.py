@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import math
 import shutil
+import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from rlrep.evaluate.collapse import collapse, has_collapsed
 from rlrep.evaluate.probes import Prober
 from rlrep.objectives import Objective, make_objective
 from rlrep.registry import SpecError
-from rlrep.types import Batch, CollapseWarning, Metrics, RunError, to_tensor
+from rlrep.types import Batch, CollapseWarning, DatasetError, Metrics, RunError, to_tensor
 
 CHECKPOINT = "checkpoint.safetensors"
 N_OBSERVED = 1024
@@ -145,7 +146,7 @@ def pretrain(
             "data_digest": dataset.digest,
         }
         if compile is True and (lacking := _cannot_compile(torch_device)):
-            raise RunError(f"compile=True needs {lacking}, and there is none here: leave it at 'auto'")
+            raise RunError(f"compile=True needs {lacking}, which is not so here: leave it at 'auto'")
         bfloat16 = precision == "bfloat16" or (precision == "auto" and bfloat16_pays(torch_device))
         chosen = {
             "precision": "bfloat16" if bfloat16 else "float32",
@@ -164,6 +165,11 @@ def pretrain(
         objective = make_objective(objectives, built, dataset.action_space).to(torch_device)
         train, held = split(dataset, held_out, seed)
         prober = Prober(dataset, seed=seed) if probe_every and distributed.rank() == 0 else None
+        if (longest := int(dataset.table["length"].max())) <= objective.burn_in:
+            raise DatasetError(
+                f"nothing is learnt from the first burn_in={objective.burn_in} steps of a segment, and the longest "
+                f"episode of {dataset} has {longest}: lower burn_in"
+            )
         dataset.check_room(batch_size // distributed.world_size(), objective.span)
         if torch_device.type == "cuda":
             train = train.on(torch_device, budget=torch.cuda.mem_get_info(torch_device)[0] // 2)
@@ -223,8 +229,8 @@ def bfloat16_pays(device: torch.device) -> bool:
 def compiling_pays(device: torch.device, updates: int) -> bool:
     """Whether `torch.compile` saves more time than it takes: on a GPU, in a long run.
 
-    On one it takes 16 s to two minutes, and an update from 13 % to half less: most objectives have got that back after
-    5,000 to 16,000 updates. On a CPU it gains a tenth, or nothing (`runs/speed`).
+    There it takes 16 s to two minutes, and most objectives have got that back after 5,000 to 17,000 updates. On a CPU
+    it gains a tenth, or nothing (`runs/speed`).
     """
     return device.type == "cuda" and updates >= 20_000 and not _cannot_compile(device)
 
@@ -235,7 +241,14 @@ def _cannot_compile(device: torch.device) -> str:
         return "a single process"
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "a C++ compiler such as g++"
-    return "the package triton" if device.type == "cuda" and not importlib.util.find_spec("triton") else ""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's headers (the package python3-dev)"
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        return "the package triton"
+    # What Triton asks for.
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return "a GPU of compute capability 7.0 or above"
+    return ""
 
 
 class _Loop:

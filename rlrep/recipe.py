@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,15 +163,23 @@ def _look_at_memory(trained: Path, folders: Sequence[Path], held_out: float, see
     if not (trained / BELIEF).exists():
         return
     model, data = load_belief(trained), open_dataset(folders)
-    try:
-        if isinstance(model, WorldModel) and not (trained / "dreams" / DREAMS).exists():
+    if isinstance(model, WorldModel) and not (trained / "dreams" / DREAMS).exists():
+        with _told("what the model dreams"):
             dream(model, split(data, held_out, seed)[1], out=trained / "dreams")
-        for factor in data.factor_names:
-            probed = trained / f"memory-{factor}.json"
-            if factor + SEEN in data.factor_names and not probed.exists():
+    for factor in data.factor_names:
+        probed = trained / f"memory-{factor}.json"
+        if factor + SEEN in data.factor_names and not probed.exists():
+            with _told(f"what the model remembers of {factor}"):
                 runs.write_json(probed, probe_memory(model, data, factor).to_json())
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Says why something cannot be shown, and goes on: the policies do not depend on it."""
+    try:
+        yield
     except RlrepError as error:
-        print(f"the report will not show all that the model dreams and remembers: {error}")
+        print(f"the report will not show {what}: {error}")
 
 
 def _learns_nothing(explorer: str | Mapping[str, Any]) -> bool:

@@ -282,6 +282,13 @@ def test_a_budget_too_small_for_the_batches_is_an_error(data: Path, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def test_episodes_shorter_than_a_burn_in_are_an_error(data: Path, tmp_path: Path) -> None:
+    world = {"name": "gru", "steps": 4, "burn_in": 9, "width": 8}
+    with pytest.raises(DatasetError, match=r"burn_in=9 .* the longest episode .* has 9: lower burn_in"):
+        pretrain(data, out=tmp_path / "run", objectives=[world], **SMALL)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_view_is_stacked_as_its_environment_says(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "data", SPACE, ACTIONS, env_spec="CartPole-v1:frame_stack=2") as writer:
         for value in range(6):

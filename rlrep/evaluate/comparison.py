@@ -125,6 +125,12 @@ class Task:
     arms: tuple[ArmSummary, ...]
 
     @property
+    def algorithm(self) -> str:
+        """What trained its arms; several names are joined."""
+        own = [arm.get("algorithm") or self.settings["algorithm"] for arm in self.settings.get("arms", [])]
+        return " and ".join(dict.fromkeys(map(str, own or [self.settings["algorithm"]])))
+
+    @property
     def encoder(self) -> dict[str, Any]:
         """What is known of the pre-trained encoder; empty if there is none."""
         return self.settings.get("encoder") or {}

@@ -207,7 +207,7 @@ def _dress(ax: Axes, task: Task) -> None:
         fontsize=7.5,
         color="#666666",
     )
-    ax.set_title(f"{task.label}, {task.settings['algorithm']}", fontsize=9.5)
+    ax.set_title(f"{task.label}, {task.algorithm}", fontsize=9.5)
     ax.set_xlabel("rewarded environment steps", fontsize=9)
     ax.set_ylabel("mean return of evaluation episodes", fontsize=9)
     ax.set_xlim(0, max([task.budget, *(run.steps[-1] for arm in task.arms for run in arm.runs if len(run.steps))]))

@@ -379,7 +379,6 @@ def curves(dreams: Dreams) -> Figure:
 
 def _write(dreams: Dreams, out: Path, animation: str) -> None:
     with runs.lock(out):
-        runs.write_json(out / "dreams.json", dreams.to_json() | {"provenance": runs.provenance()})
         runs.write_atomically(out / "errors.png", lambda path: curves(dreams).savefig(path, format="png"))
         if dreams.clips:
             runs.write_atomically(out / "strips.png", lambda path: strips(dreams).savefig(path, format="png"))
@@ -387,3 +386,5 @@ def _write(dreams: Dreams, out: Path, animation: str) -> None:
             options: dict[str, Any] = {"lossless": True} if animation == "webp" else {}
             options |= {"format": animation, "save_all": True, "append_images": others, "duration": 250, "loop": 0}
             runs.write_atomically(out / f"dreams.{animation}", lambda path: first.save(path, **options))
+        # Last: where it is, nothing is missing.
+        runs.write_json(out / "dreams.json", dreams.to_json() | {"provenance": runs.provenance()})

@@ -57,7 +57,7 @@ def result_rows(arms: Sequence[ArmSummary], tasks: Sequence[Task]) -> list[Row]:
 def tables(summary: Summary) -> list[tuple[Sequence[ArmSummary], Sequence[Task], str]]:
     """Returns what each table of results is of, with its title; that over all tasks comes first."""
     each: list[tuple[Sequence[ArmSummary], Sequence[Task], str]] = [
-        (task.arms, [task], f"{task.label}, {task.settings['algorithm']}") for task in summary.tasks
+        (task.arms, [task], f"{task.label}, {task.algorithm}") for task in summary.tasks
     ]
     return each if len(each) == 1 else [(summary.arms, summary.tasks, f"All {len(each)} tasks"), *each]
 
@@ -465,7 +465,7 @@ def origins(summary: Summary, evidence: Mapping[str, Evidence]) -> Section:
         prefix = f"{name}: " if len(summary.folders) > 1 else ""
         seeds = ", ".join(map(str, task.settings["seeds"]))
         notes.append(
-            f"{prefix}environment `{task.settings['env']}`; algorithm {task.settings['algorithm']}; seeds {seeds}; "
+            f"{prefix}environment `{task.settings['env']}`; algorithm {task.algorithm}; seeds {seeds}; "
             f"{task.budget:,} rewarded steps a run; versions: {versions}"
         )
         if explorer := task.explorer:

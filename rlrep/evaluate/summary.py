@@ -77,7 +77,7 @@ def side_by_side(
         read[0],
         finished=all(each.finished for each in read),
         settings=read[0].settings
-        | {"algorithm": " and ".join(dict.fromkeys(str(each.settings["algorithm"]) for each in read))},
+        | {"algorithm": " and ".join(dict.fromkeys(each.algorithm for each in read)), "arms": []},
         arms=tuple(_prefixed(arm, name) for each, name in zip(read, names, strict=True) for arm in each.arms),
     )
     found = _summary([task], dict(zip(names, read, strict=True)), baseline)

@@ -100,7 +100,7 @@ def question(tasks: Sequence[Task]) -> str:
     where = names[0] if len(names) == 1 else f"{len(names)} tasks ({', '.join(names)})"
     thresholds = {f"a return of {task.threshold:g}" for task in tasks}
     goal = thresholds.pop() if len(thresholds) == 1 else "the threshold of each"
-    algorithms = " or ".join(dict.fromkeys(str(task.settings["algorithm"]).upper() for task in tasks))
+    algorithms = " or ".join(dict.fromkeys(task.algorithm.upper() for task in tasks))
     return (
         f"Does {algorithms} reach {goal} on {where} with fewer rewarded steps when it builds on what was learnt "
         "without reward?"

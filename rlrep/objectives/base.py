@@ -38,6 +38,9 @@ class Objective(nn.Module):
     span: int = 1
     """Transitions a segment needs. In a sum segments may be longer; each objective uses the first `span`."""
 
+    burn_in: int = 0
+    """The first transitions of a segment, from which nothing is learnt: some episode has to be longer."""
+
     def __init__(self, encoder: Encoder, action_space: Space) -> None:
         super().__init__()
         self.encoder = encoder
@@ -99,6 +102,7 @@ class Sum(Objective):
         self.weights = [weight for weight, _ in terms]
         self.terms = nn.ModuleList(objective for _, objective in terms)
         self.span = max(objective.span for _, objective in terms)
+        self.burn_in = max(objective.burn_in for _, objective in terms)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Returns the weighted sum; the metrics of each term are prefixed by its name."""

@@ -15,7 +15,7 @@ from rlrep.encoders import Encoder, State, WorldModel
 from rlrep.encoders.recurrent import Recurrent
 from rlrep.objectives.autoencoder import Reconstruction, check_rarity
 from rlrep.objectives.base import Objective, objectives
-from rlrep.objectives.memory import Memory, check_memory, check_segments, draw_times, unroll
+from rlrep.objectives.memory import Memory, check_memory, draw_times, unroll
 from rlrep.types import Batch, Metrics, Tree, tree_map
 
 
@@ -124,7 +124,8 @@ class GRU(Objective):
             self.belief.action_dim,
             self.belief.reconstruct,
             width,
-            self.span,
+            steps,
+            burn_in,
             {"recall": recall, "contrast": contrast, "kinds": kinds, "ahead": ahead},
             horizon,
             ratio,
@@ -138,7 +139,6 @@ class GRU(Objective):
         """Returns the errors of predicted and seen observations, of telling the end and of what is asked, summed."""
         n, skip, model = self.span, self.burn_in, self.belief
         mask, obs = batch.mask[:, :n], tree_map(lambda x: x[:, : n + 1], batch.obs)
-        check_segments(mask, skip)
         actions, embedding = self.actions(batch)[:, :n], self.features(batch, n + 1)
         features = model.features(unroll(model, embedding, actions, batch.first[:, :n] & mask, skip))
         flat = model.flat_action(actions.flatten(0, 1)).unflatten(0, mask.shape)
@@ -155,6 +155,6 @@ class GRU(Objective):
             ),
             mask[:, skip:],
         )
-        remembered, asked = self.memory(features, embedding, obs, flat, mask, times, skip)
+        remembered, asked = self.memory(features, embedding, obs, flat, mask, times)
         metrics = {"predicted": predicted.detach(), "seen": seen.detach(), "end": end.detach()}
         return predicted + seen + self.end_weight * end + remembered, metrics | asked

@@ -6,6 +6,7 @@ state remember is measured by `rlrep probe --memory`, see `runs/memory`.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, cast
 
 import torch
@@ -19,7 +20,7 @@ from rlrep.encoders import Encoder, State
 from rlrep.encoders.recurrent import RecurrentEncoder
 from rlrep.objectives.autoencoder import BITS, SYMBOLS, Reconstruction, board_codes, picture_codes
 from rlrep.objectives.mae import Masking
-from rlrep.types import DatasetError, Metrics, SpaceError, Tree, tree_leaves, tree_map
+from rlrep.types import Metrics, SpaceError, Tree, tree_leaves, tree_map
 
 KEY_DIM = 64
 """Width of the vectors that are compared in contrast."""
@@ -91,7 +92,8 @@ class Memory(nn.Module):
         action_dim: A, of flat actions.
         reconstruct: Draws observations; None where nothing can.
         context_dim: What it draws from.
-        span: Transitions in a segment.
+        steps: Transitions in a segment, after the burn-in.
+        burn_in: Transitions for which there are no features.
         weights: Of the questions above.
         horizon: Steps, of `ahead`.
         ratio: Chance of each patch, cell or word of an observation to be recalled to be hidden.
@@ -106,7 +108,8 @@ class Memory(nn.Module):
         action_dim: int,
         reconstruct: Reconstruction | None,
         context_dim: int,
-        span: int,
+        steps: int,
+        burn_in: int,
         weights: dict[str, float],
         horizon: int,
         ratio: float,
@@ -119,25 +122,25 @@ class Memory(nn.Module):
         if not 0 < ratio < 1:
             raise ValueError(f"{name}: ratio must lie between 0 and 1, not {ratio}")
         self.weights = {question: weight for question, weight in weights.items() if weight}
-        self.encoder, self.reconstruct, self.horizon = encoder, reconstruct, horizon
+        self.encoder, self.reconstruct, self.horizon, self.burn_in = encoder, reconstruct, horizon, burn_in
         if "recall" in self.weights:
             self.hide = Masking(encoder.observation_space, ratio, patch)
             self.ask = nets.mlp([features_dim + encoder.features_dim, context_dim, context_dim])
         if "contrast" in self.weights:
-            self.ago = nn.Embedding(span + 1, features_dim)
+            self.ago = nn.Embedding(burn_in + steps + 1, features_dim)
             self.query = nets.mlp([features_dim, context_dim, KEY_DIM])
             self.key = nn.Linear(encoder.features_dim, KEY_DIM)
         if "kinds" in self.weights:
             self.contents = Contents(name, encoder.observation_space)
             self.tell = nn.Linear(features_dim, self.contents.n)
         if "ahead" in self.weights:
-            if not 1 <= horizon <= span:
-                raise ValueError(f"{name}: horizon must lie between 1 and the {span} steps of a segment, not {horizon}")
+            if not 1 <= horizon <= steps:
+                raise ValueError(f"{name}: horizon must lie between 1 and steps={steps}, not {horizon}")
             self.begin = nn.Linear(features_dim, context_dim)
             self.follow = nn.GRUCell(action_dim, context_dim)
 
     def forward(
-        self, features: Tensor, embedding: Tensor, obs: Tree, action: Tensor, mask: Tensor, times: Times, burn_in: int
+        self, features: Tensor, embedding: Tensor, obs: Tree, action: Tensor, mask: Tensor, times: Times
     ) -> tuple[Tensor, Metrics]:
         """Asks every question at the times that were drawn.
 
@@ -148,12 +151,11 @@ class Memory(nn.Module):
             action: (B, T, A) flat.
             mask: (B, T) bool.
             times: From `draw_times`.
-            burn_in: Transitions for which there are no features.
 
         Returns:
             The weighted sum of the errors, 0-d, and each of them.
         """
-        at = features[times.row, times.step + 1 - burn_in]
+        at = features[times.row, times.step + 1 - self.burn_in]
         metrics: Metrics = {}
         loss = features.new_zeros(())
         for question, weight in self.weights.items():
@@ -166,7 +168,7 @@ class Memory(nn.Module):
                 case "kinds":
                     error = self._kinds(at, obs, times)
                 case _:
-                    error = self._ahead(features, obs, action, mask, times, burn_in)
+                    error = self._ahead(features, obs, action, mask, times)
             loss = loss + weight * error
             metrics[question] = error.detach()
         return loss, metrics
@@ -181,8 +183,8 @@ class Memory(nn.Module):
         key = F.normalize(self.key(embedding).float(), dim=-1)
         logits = distributed.gather(query) @ distributed.gather(key).T / TEMPERATURE
         # What looks the same cannot be told apart, and most corridors look the same.
-        seen = distributed.gather(embedding.detach())
-        differs = ~torch.isclose(seen[:, None], seen[None], atol=1e-4).all(dim=-1)
+        seen = distributed.gather(embedding.detach()).float()
+        differs = torch.cdist(seen, seen, p=math.inf) > 1e-4
         return losses.info_nce(logits, distributed.gather(times.there), differs)
 
     def _kinds(self, features: Tensor, obs: Tree, times: Times) -> Tensor:
@@ -194,11 +196,11 @@ class Memory(nn.Module):
         error = F.binary_cross_entropy_with_logits(self.tell(features).float(), seen, reduction="none")
         return losses.masked_mean((error * occurs).sum(dim=1) / occurs.sum().clamp(min=1), times.there)
 
-    def _ahead(self, features: Tensor, obs: Tree, action: Tensor, mask: Tensor, times: Times, burn_in: int) -> Tensor:
+    def _ahead(self, features: Tensor, obs: Tree, action: Tensor, mask: Tensor, times: Times) -> Tensor:
         row, last = times.row, action.shape[1] - self.horizon
         step = times.step.clamp(max=last)
-        there = times.there & mask[row, step + self.horizon - 1] & (step >= burn_in)
-        context = self.begin(features[row, (step - burn_in).clamp(min=0)]).relu()
+        there = times.there & mask[row, step + self.horizon - 1] & (step >= self.burn_in)
+        context = self.begin(features[row, (step - self.burn_in).clamp(min=0)]).relu()
         for i in range(self.horizon):
             context = self.follow(action[row, step + i], context)
         following = tree_map(lambda x: x[row, step + self.horizon], obs)
@@ -225,7 +227,7 @@ class Contents(nn.Module):
                 parts = {
                     key: Contents(name, sub)
                     for key, sub in cast(gym_spaces.Dict, space).spaces.items()
-                    if spaces.kind(sub) != "vector"
+                    if _has_kinds(sub)
                 }
                 self.keys, self.parts = list(parts), nn.ModuleList(parts.values())
                 self.n = sum(part.n for part in parts.values())
@@ -239,7 +241,7 @@ class Contents(nn.Module):
                 self.n = spaces.vocabulary_size(space)
             case _:
                 self.n = 0
-        if not self.n:
+        if not _has_kinds(space):
             raise SpaceError(
                 f"{name}: kinds are of boards, pictures and words, and there are none in {space}: use recall"
             )
@@ -260,6 +262,12 @@ class Contents(nn.Module):
         return torch.zeros(len(codes), self.n, device=codes.device).scatter_(1, codes, 1.0)
 
 
+def _has_kinds(space: Space) -> bool:
+    if isinstance(space, gym_spaces.Dict):
+        return any(map(_has_kinds, space.spaces.values()))
+    return spaces.kind(space) != "vector"
+
+
 def check_memory(name: str, burn_in: int, **counts: int) -> None:
     """Raises unless `burn_in` is not negative and the counts are at least 1."""
     if burn_in < 0:
@@ -267,12 +275,3 @@ def check_memory(name: str, burn_in: int, **counts: int) -> None:
     for option, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}: {option} must be at least 1, not {count}")
-
-
-def check_segments(mask: Tensor, burn_in: int) -> None:
-    """Raises a DatasetError where no segment is longer than the burn-in: there would be nothing to learn from."""
-    if burn_in and not bool(mask[:, burn_in:].any()):
-        raise DatasetError(
-            f"no episode of this batch goes on for more than the {burn_in} steps of burn_in, the longest for "
-            f"{int(mask.sum(dim=1).max())}: lower burn_in"
-        )

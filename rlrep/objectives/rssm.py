@@ -14,7 +14,7 @@ from rlrep import distributed, losses
 from rlrep.encoders import Encoder, State, WorldModel
 from rlrep.objectives.autoencoder import Reconstruction, check_rarity
 from rlrep.objectives.base import Objective, objectives
-from rlrep.objectives.memory import Memory, check_memory, check_segments, draw_times, unroll
+from rlrep.objectives.memory import Memory, check_memory, draw_times, unroll
 from rlrep.types import Batch, Metrics, RlrepError, Tree, tree_map
 
 UNIMIX = 0.01
@@ -245,7 +245,8 @@ class RecurrentStateSpace(Objective):
             self.belief.action_dim,
             self.belief.reconstruct,
             hidden,
-            self.span,
+            steps,
+            burn_in,
             {**drawn, "contrast": contrast, "kinds": kinds},
             horizon,
             ratio,
@@ -259,7 +260,6 @@ class RecurrentStateSpace(Objective):
         """Returns the error of seen observations, the divergences, that of the end and of what is asked, summed."""
         n, skip, model = self.span, self.burn_in, self.belief
         mask, there = batch.mask[:, :n], batch.obs_mask[:, skip : n + 1]
-        check_segments(mask, skip)
         obs = tree_map(lambda x: x[:, : n + 1], batch.obs)
         actions, embedding, first = self.actions(batch)[:, :n], self.features(batch, n + 1), batch.first[:, :n] & mask
         states = unroll(model, embedding, actions, first, skip)
@@ -289,5 +289,5 @@ class RecurrentStateSpace(Objective):
             seen = losses.masked_mean(model.reconstruct(model.see(at), following), times.there)
             loss, metrics = loss + seen, metrics | {"seen": seen.detach()}
         flat = model.flat_action(actions.flatten(0, 1)).unflatten(0, mask.shape)
-        remembered, asked = self.memory(features, embedding, obs, flat, mask, times, skip)
+        remembered, asked = self.memory(features, embedding, obs, flat, mask, times)
         return loss + remembered, metrics | asked

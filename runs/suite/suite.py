@@ -21,7 +21,7 @@ import tyro
 import rlrep
 from rlrep import runs
 from rlrep.evaluate.comparison import EXPLORER, ArmSummary, Task, compare, read_task, slowness
-from rlrep.finetune import SCORES
+from rlrep.finetune import SCORES, Arm
 from rlrep.settings import load_yaml
 
 HERE = Path(__file__).parent
@@ -65,7 +65,7 @@ class Small:
     tuning_seeds: list[int]
     candidates: int
     steps: float
-    """The share of every number of steps."""
+    """The share of the rewarded steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,13 @@ class Work:
     def learn(self, place: str, name: str, group: Group, arms: list[dict[str, Any]], seeds: list[int]) -> Path:
         """Trains arms on a task unless their scores are there, and returns the folder of these."""
         kept, task = self.results / place, group.tasks[name]
-        if not (kept / runs.RECORD).exists():
+        if (kept / runs.RECORD).exists():
+            had = runs.read_json(kept / runs.RECORD)["settings"]
+            asked = {"env": task.env, "steps": task.steps, "seeds": seeds, "arms": [Arm.parse(arm) for arm in arms]}
+            found = {**had, "env": task.env, "arms": [Arm.parse(arm) for arm in had["arms"]]}
+            if different := [key for key, value in asked.items() if found[key] != value]:
+                sys.exit(f"the scores in {kept} are of other {' and '.join(different)}: take that folder away first")
+        else:
             folder = self.out / name
             data = rlrep.collect(task.env, out=folder / "data", **group.collect)
             options: dict[str, Any] = {}
@@ -131,6 +137,8 @@ class Work:
                 **options,
                 **group.finetune,
             )
+            if not runs.read_json(made / runs.RECORD)["finished"]:
+                sys.exit(f"some runs of {place} failed, see {made}; the same command tries them again")
             kept.mkdir(parents=True, exist_ok=True)
             for file in (SCORES, runs.RECORD):
                 shutil.copy(made / file, kept / file)
@@ -179,25 +187,23 @@ class Work:
             "| task | ours | solved | rewarded steps | best baseline | solved | rewarded steps | speed-up |",
             "|" + "---|" * 8,
         ]
-        pairs = []
+        pairs, only = [], []
         for name, path in done.items():
             task = read_task(path)
             group = next(group for group in self.plan.groups.values() if name in group.tasks)
-            baseline = min((arm for arm in task.arms if _learnt_nothing(arm)), key=lambda a: slowness(_alone(task, a)))
+            nothing = [arm for arm in task.arms if _learnt_nothing(arm)]
+            baseline = min(nothing, key=lambda arm: _order(task, arm))
             ours = next(arm for arm in task.arms if arm.name == group.ours)
             pair = _pair(task, ours, baseline)
             pairs.append(pair)
+            if ours.n_solved and not any(arm.n_solved for arm in nothing):
+                only.append(name)
             mine, other = compare([pair], pair.budget, BASELINE)
             lines.append(
                 f"| {name} | {ours.name} | {mine.n_solved}/{len(mine.finished)} | {_steps(mine)} | {baseline.name} | "
                 f"{other.n_solved}/{len(other.finished)} | {_steps(other)} | {_ratio(mine)} |"
             )
         everything, _ = compare(pairs, 1.0, BASELINE)
-        only = [
-            pair.label
-            for pair in pairs
-            if (counts := {arm.name: arm.n_solved for arm in pair.arms})[OURS] and not counts[BASELINE]
-        ]
         lines += ["", f"Over all tasks: {_ratio(everything)}. Solved by ours alone: {', '.join(only) or 'none'}."]
         (self.results / "suite.md").write_text("\n".join(lines) + "\n")
         print(self.results / "suite.md")
@@ -207,9 +213,10 @@ def _learnt_nothing(arm: ArmSummary) -> bool:
     return not arm.pretrained and arm.kind != EXPLORER
 
 
-def _alone(task: Task, arm: ArmSummary) -> ArmSummary:
-    """Returns the arm with its statistics."""
-    return compare([dataclasses.replace(task, arms=(arm,))], task.budget)[0]
+def _order(task: Task, arm: ArmSummary) -> tuple[float, int, float]:
+    """Orders arms from the best: the soonest; of those that are not there in most runs, the one that is in more."""
+    steps, area = slowness(compare([dataclasses.replace(task, arms=(arm,))], task.budget)[0])
+    return steps, -arm.n_solved, area
 
 
 def _pair(task: Task, ours: ArmSummary, baseline: ArmSummary) -> Task:
@@ -237,7 +244,7 @@ def main(small: bool = False, out: Path = HERE / "out", results: Path = HERE / "
     """Does what is missing of the suite, and reports.
 
     Args:
-        small: A task of each group, less of everything; its results lie in `small/`.
+        small: A task of each group, with fewer seeds, candidates and rewarded steps; its results lie in `small/`.
         out: Data, encoders and unfinished runs; may be thrown away.
         results: Scores of what is done, and the reports.
     """
