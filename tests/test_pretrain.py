@@ -336,9 +336,13 @@ def test_compiling_by_itself_is_for_long_runs_on_a_gpu(monkeypatch: pytest.Monke
     gpu = torch.device("cuda")
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     assert compiling_pays(gpu, 100_000)
     assert not compiling_pays(gpu, 5_000)
     assert not compiling_pays(torch.device("cpu"), 100_000)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (6, 1))
+    assert not compiling_pays(gpu, 100_000)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not compiling_pays(gpu, 100_000)
 

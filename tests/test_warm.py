@@ -252,7 +252,7 @@ def test_an_explorer_in_features_starts_on_the_same_features(
 def test_the_explorer_by_itself_is_scored_alike_by_the_same_seed(explored: Path) -> None:
     arm = Arm.parse("explorer")
     job = {**SMALL, "env": SPEC, "arm": arm, "seed": 1, "explorer": load_explorer(explored), "encoder": None}
-    job |= {"device": "cpu", "threshold": 0.8, "deterministic": False}
+    job |= {"algorithm": "ppo", "device": "cpu", "threshold": 0.8, "deterministic": False}
     rows: list[dict[str, Any]] = []
     for _ in range(2):
         _run_job(job, rows.append)

@@ -111,10 +111,15 @@ def draw(datasets: Sequence[Explored]) -> Figure:
     return figure
 
 
+def _style(i: int) -> dict[str, Any]:
+    """There are ten colours, and more explorers than that."""
+    return {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
+
+
 def _draw_curves(ax: Axes, datasets: Sequence[Explored], key: str) -> None:
     for i, one in enumerate(datasets):
         rows = [row for row in one.curve if key in row]
-        ax.plot([r["steps"] for r in rows], [r[key] for r in rows], color=f"C{i}", label=one.name)
+        ax.plot([r["steps"] for r in rows], [r[key] for r in rows], label=one.name, **_style(i))
     ax.set_title(f"distinct {key}", fontsize=9)
     ax.set_xlabel("steps", fontsize=8)
     ax.tick_params(labelsize=7)
@@ -124,7 +129,8 @@ def _draw_actions(ax: Axes, datasets: Sequence[Explored]) -> None:
     known = sorted({action for one in datasets for action in one.actions})
     for i, one in enumerate(datasets):
         total = max(sum(one.actions.values()), 1)
-        ax.plot(known, [one.actions.get(action, 0) / total for action in known], "o-", color=f"C{i}", markersize=3)
+        shares = [one.actions.get(action, 0) / total for action in known]
+        ax.plot(known, shares, marker="o", markersize=3, **_style(i))
     ax.set_title("actions", fontsize=9)
     ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     ax.tick_params(labelsize=7)

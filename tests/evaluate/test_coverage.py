@@ -123,6 +123,8 @@ def test_datasets_are_compared_in_a_table_and_a_picture(data: Dataset, tmp_path:
     figure.savefig(tmp_path / "coverage.png")
     assert [ax.get_title() for ax in figure.axes][3:] == ["random", "count"], "a map where places are known"
     assert [one.name for one in explored([plain, plain])] == [str(plain)] * 2
+    lines = draw([found[0]] * 14).axes[0].get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 14, "each is told from the others"
 
 
 def test_what_two_found_is_what_one_would_have_found(data: Dataset) -> None:
