@@ -21,8 +21,7 @@ from rlrep.collect import collect
 from rlrep.dataset import open_dataset
 from rlrep.encoders import Encoder, WorldModel, load_belief
 from rlrep.encoders.recurrent import BELIEF
-from rlrep.evaluate.dreams import dream
-from rlrep.evaluate.evidence import DREAMS
+from rlrep.evaluate.dreams import DREAMS, dream
 from rlrep.evaluate.memory import SEEN, probe_memory
 from rlrep.evaluate.probes import probe
 from rlrep.evaluate.report import check_free, report

@@ -211,8 +211,8 @@ class _Learner:
     def before_step(self, *_: Any) -> None:
         """Adds the objective's gradient to the one that is there, and steps what the objective has of its own."""
         self.depth += 1
-        # torch calls hooks again for the optimiser that ours is derived from.
-        # And a call of `learn` that was interrupted leaves them behind.
+        # torch calls hooks again for the optimiser that ours is derived from, and a call of `learn` that was
+        # interrupted leaves its own behind.
         if self.depth > 1 or self.call != self.callback.model.start_time:
             return
         self.n_steps += 1

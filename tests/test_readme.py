@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlrep import runs
 from rlrep.encoders import encoders
 from rlrep.explore import explorers
 from rlrep.objectives import objectives
@@ -105,6 +106,49 @@ def test_speed_is_what_was_measured() -> None:
         (ROOT / "README.md").write_text(README.replace(start + written + end, start + measured + end))
     else:
         assert written == measured, "run RLREP_WRITE_README=1 pytest tests/test_readme.py -k speed"
+
+
+def rows_of(heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading, without its two first lines."""
+    section = README.split(f"### {heading}\n")[1]
+    lines = section.split("\n\n|")[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_explorers_are_what_was_measured() -> None:
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in runs.read_jsonl(ROOT / "runs/explore/results/scores.jsonl"):
+        task = row["env"].removeprefix("MiniGrid-").split("-v0")[0]
+        states = found.setdefault((row["study"], task), {}).setdefault(row["explorer"], [])
+        states.append(row["curve"][-1]["states"])
+    studies = {"": "grid", "pictures": "rgb", "noisy TV": "noisy-tv"}
+    for name, best, following, rest in rows_of("Which explorer"):
+        task, _, kind = name.partition(", ")
+        states = {explorer: float(np.mean(each)) for explorer, each in found[studies[kind], task].items()}
+        multiples = {explorer: round(each / states["random"], 1) for explorer, each in states.items()}
+        del multiples["random"]
+        if best == "all 1.0":
+            assert set(multiples.values()) == {1.0}
+            continue
+        said = {explorer: float(multiple) for explorer, multiple in re.findall(r"`([^`]+)` (\d\.\d)", best + following)}
+        assert said == {explorer: multiple for explorer, multiple in multiples.items() if multiple > 1}, name
+        assert set(re.findall(r"`([^`]+)`", rest)) == multiples.keys() - said.keys(), name
+
+
+def test_warm_starts_are_what_was_measured() -> None:
+    found = runs.read_jsonl(ROOT / "runs/explore/results/warm.jsonl")
+    for task, _, scratch, explorer, warm in rows_of("Tasks that nobody stumbles on"):
+        curves = {
+            arm: [row["curve"] for row in found if row["arm"] == arm and f"-{task}-" in row["env"]]
+            for arm in ("scratch", "explorer", "warm-actor")
+        }
+        final = {arm: np.mean([curve[-1][1] for curve in each]) for arm, each in curves.items()}
+        assert scratch.endswith(f"{final['scratch']:.2f}")
+        assert scratch.startswith("0/3")
+        assert max(point[1] for curve in curves["scratch"] for point in curve) < 0.8
+        assert explorer == f"{final['explorer']:.2f}"
+        steps = [next(point[0] for point in curve if point[1] >= 0.8) for curve in curves["warm-actor"]]
+        assert warm == f"3/3; {', '.join(f'{round(each, -3):,}' for each in steps)}"
 
 
 def test_links_lead_somewhere() -> None:

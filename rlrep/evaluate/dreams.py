@@ -29,6 +29,9 @@ from rlrep.encoders import Encoder, WorldModel
 from rlrep.imagination import load_world_model
 from rlrep.types import DatasetError, RunError, Tree, to_tensor, tree_map
 
+DREAMS = "dreams.json"
+"""Of a folder of dreams: where it is, nothing is missing."""
+
 ROWS = 2**11
 """Observations that are decoded at once."""
 
@@ -386,5 +389,4 @@ def _write(dreams: Dreams, out: Path, animation: str) -> None:
             options: dict[str, Any] = {"lossless": True} if animation == "webp" else {}
             options |= {"format": animation, "save_all": True, "append_images": others, "duration": 250, "loop": 0}
             runs.write_atomically(out / f"dreams.{animation}", lambda path: first.save(path, **options))
-        # Last: where it is, nothing is missing.
-        runs.write_json(out / "dreams.json", dreams.to_json() | {"provenance": runs.provenance()})
+        runs.write_json(out / DREAMS, dreams.to_json() | {"provenance": runs.provenance()})

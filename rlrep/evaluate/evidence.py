@@ -18,15 +18,13 @@ from rlrep import runs
 from rlrep.dataset import COMMIT, META, PARTS, Dataset, open_dataset, parts_of
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.comparison import Task
+from rlrep.evaluate.dreams import DREAMS
 from rlrep.evaluate.exploration import Explored, explorer_of
 from rlrep.evaluate.memory import MemoryProbe
 from rlrep.evaluate.probes import features_of
 from rlrep.types import RlrepError, SpaceError, to_tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
-
-DREAMS = "dreams.json"
-"""Found in a folder of what a world model dreamt."""
 
 MOST_PICTURES, MOST_BYTES = 12, 3_000_000
 """Pictures of a pre-training run that are shown, and the size of each."""

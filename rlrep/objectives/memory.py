@@ -167,7 +167,7 @@ class Memory(nn.Module):
                     metrics["contrast_accuracy"] = right.detach()
                 case "kinds":
                     error = self._kinds(at, obs, times)
-                case _:
+                case "ahead":
                     error = self._ahead(features, obs, action, mask, times)
             loss = loss + weight * error
             metrics[question] = error.detach()
