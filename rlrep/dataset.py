@@ -670,10 +670,15 @@ def _check_names(names: Sequence[str]) -> None:
                 raise DatasetError(f"{part!r} cannot name a part of an observation or a factor: use letters and digits")
 
 
-def _differing(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Says which of the settings that every episode of a dataset shares differ."""
+SPACES = ("observation_space", "action_space")
+
+
+def _differing(
+    found: Mapping[str, Any], asked: Mapping[str, Any], keys: Sequence[str] = (*SPACES, "env_spec", "factors")
+) -> list[str]:
+    """Says which of the settings that every episode of a folder shares differ."""
     lines = []
-    for key in ("observation_space", "action_space", "env_spec", "factors"):
+    for key in keys:
         if found[key] != asked[key]:
             seen, new = ((from_json(m[key]) if key.endswith("space") else m[key]) for m in (found, asked))
             lines.append(f"{key} is {seen}, asked for {new}")
@@ -797,7 +802,7 @@ class _Store:
         self.folders = [_Folder(path, caching) for path in paths]
         first, *others = self.folders
         for other in others:
-            if changed := _differing(first.meta, other.meta):
+            if changed := _differing(first.meta, other.meta, SPACES):
                 raise DatasetError(f"{first.path} and {other.path} cannot be read as one: {'; '.join(changed)}")
         self.offsets = np.cumsum([0, *(folder.rows for folder in self.folders)])
         self.table = {
@@ -937,8 +942,8 @@ class Dataset:
     Views made by `split` and `select` share that memory.
 
     Args:
-        paths: Dataset folders, with the same spaces and environment spec; or their URLs, such as `s3://bucket/data`,
-            see `rlrep.storage`. One that several workers wrote is read as their parts, in order.
+        paths: Dataset folders, of one task or of several with the same spaces; or their URLs, such as
+            `s3://bucket/data`, see `rlrep.storage`. One that several workers wrote is read as their parts, in order.
         budget: Memory for rows: `"auto"` (half of what is available), `"2GB"`, or a number of bytes.
         frame_stack: Observations that are concatenated along the last axis, oldest first; the first one of an episode
             stands in for those before it. Every Box but a `mission` is stacked, as `rlrep_envs.FrameStack` does.
@@ -961,9 +966,16 @@ class Dataset:
         self.frame_stack = frame_stack
         self.observation_space: Space = _stack(self._raw_space, frame_stack)
         """Of one observation, frame-stacked where that was asked for."""
-        self.env_spec: Any = meta["env_spec"]
-        """What makes the environment, as it was given to the writer."""
-        self.factor_names: list[str] = meta["factors"]
+        metas = [folder.meta for folder in self._store.folders]
+        self.env_specs: list[Any] = []
+        """What makes the environment of each task, as it was given to the writers."""
+        for each in metas:
+            if each["env_spec"] not in self.env_specs:
+                self.env_specs.append(each["env_spec"])
+        self.factor_names: list[str] = [
+            name for name in meta["factors"] if all(name in other["factors"] for other in metas)
+        ]
+        """Of the ground truth, what every task has."""
         self._resident: dict[str, torch.Tensor] = {}
         self._view(np.arange(len(self._store.table["start"])))
 
@@ -1011,7 +1023,12 @@ class Dataset:
     @property
     def columns(self) -> list[str]:
         """Names of the columns on disk, as `column` takes them."""
-        return _column_names(self._store.folders[0].meta)
+        return _column_names({**self._store.folders[0].meta, "factors": self.factor_names})
+
+    @property
+    def env_spec(self) -> Any:
+        """What makes the environment; None where the folders are of several tasks, see `env_specs`."""
+        return self.env_specs[0] if len(self.env_specs) == 1 else None
 
     def __len__(self) -> int:
         return self.n_episodes
@@ -1028,7 +1045,7 @@ class Dataset:
         memory, disk = sum(map(self._store.nbytes, self.columns)), sum(file.stat().st_size for file in files)
         return {
             "folders": ", ".join(str(path) for path in self.paths),
-            "environment": self.env_spec,
+            "environment": ", ".join(map(str, self.env_specs)),
             "observation space": str(self.observation_space),
             "action space": str(self.action_space),
             "episodes": self.n_episodes,
@@ -1240,8 +1257,11 @@ def open_dataset(
         data = Dataset(*([data] if isinstance(data, str | Path) else data), budget=budget)
     if frame_stack is None:
         frame_stack = data.frame_stack
-        if frame_stack == 1 and data.env_spec:
-            frame_stack = EnvSpec.parse(data.env_spec).frame_stack
+        if frame_stack == 1:
+            asked = {EnvSpec.parse(spec).frame_stack for spec in data.env_specs if spec}
+            if len(asked) > 1:
+                raise DatasetError(f"the tasks of {data} stack {sorted(asked)} frames: pass one frame_stack for all")
+            frame_stack = max(asked, default=1)
     return data if frame_stack == data.frame_stack else data.stacked(frame_stack)
 
 

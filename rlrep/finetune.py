@@ -221,7 +221,8 @@ def finetune(
         n_workers: Jobs side by side, one core each; all cores unless given.
         ray: Where the jobs run: `local` or the address of a Ray cluster (`HOST:PORT`, `auto`), whose nodes have rlrep
             installed; on this machine, without Ray, unless given. Scores are written here as they come.
-        device: `auto` is a GPU if there is one.
+        device: `auto` is a GPU if there is one; but for policies on features computed outside them, which are too small
+            for one, the CPU.
         overwrite: Start again, throwing away what another run left in `out`.
 
     Returns:
@@ -426,15 +427,17 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
             settings=settings,
         )
         return model, evaluation
+    device = job["device"]
     if arm.kind in ("frozen", "random-frozen", BELIEF):
-        env, evaluation = (LatentVecEnv(each, encoder, device=job["device"]) for each in (env, evaluation))
+        env, evaluation = (LatentVecEnv(each, encoder, device=device) for each in (env, evaluation))
+        device = "cpu" if device == "auto" else device
     else:
         mode: Literal["finetune", "scratch"] = "finetune" if arm.pretrained else "scratch"
         shift = arm.shift if arm.kind == "augment" else 0
         extra = policy_kwargs(encoder, name, mode=mode, shift=shift, **arm.transfer, **extra)
     algorithm = get_algorithm(name)
     policy = policy_name(algorithm, env.observation_space)
-    model = algorithm(policy, env, seed=job["seed"], policy_kwargs=extra, device=job["device"], **settings)
+    model = algorithm(policy, env, seed=job["seed"], policy_kwargs=extra, device=device, **settings)
     return model, evaluation
 
 

@@ -45,6 +45,13 @@ def merge(paths: Sequence[str | Path], out: str | Path, overwrite: bool = False)
         DatasetError: They differ in spaces, environment spec or factors; or `out` holds something.
     """
     source = Dataset(*paths, budget=BLOCK_BYTES)
+    parts = [Dataset(path, budget=BLOCK_BYTES) for path in paths]
+    if len(source.env_specs) > 1 or any(part.factor_names != source.factor_names for part in parts):
+        raise DatasetError(
+            f"a folder holds the episodes of one task, and these are of {', '.join(map(str, source.env_specs))}"
+            f"{'' if len(source.env_specs) > 1 else ' with other factors each'}: several folders can be read as one "
+            "without merging them"
+        )
     if Path(out).resolve() in [path.resolve() for path in source.paths if isinstance(path, Path)]:
         raise DatasetError(f"{out} is one of the datasets to merge; choose another folder")
     return _write(

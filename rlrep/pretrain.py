@@ -189,7 +189,7 @@ def pretrain(
             loop.prober, loop.probe_every = prober, probe_every
             if run:
                 built.provenance = {
-                    "env_spec": dataset.env_spec,
+                    "env_spec": dataset.env_specs if len(dataset.env_specs) > 1 else dataset.env_spec,
                     "data_digest": dataset.digest,
                     "reward_free_steps": dataset.n_transitions,
                     "objectives": objectives,

@@ -16,7 +16,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.spaces import Space
 
-from rlrep.dataset import Dataset, DatasetWriter, verify
+from rlrep.dataset import Dataset, DatasetWriter, open_dataset, verify
 from rlrep.types import DatasetError, Episode, RunError, SpaceError, Tree, tree_leaves, tree_map
 
 OBSERVATIONS: dict[str, Space] = {
@@ -393,11 +393,36 @@ def test_several_folders_read_as_one(tmp_path: Path) -> None:
     assert Dataset(one).digest == both.digest
 
 
-def test_folders_of_different_kinds_are_not_read_as_one(tmp_path: Path) -> None:
+def test_folders_of_several_tasks_are_read_as_one(tmp_path: Path) -> None:
+    """One encoder for a mixture of tasks: all that must be the same are the spaces."""
+    rng = np.random.default_rng(0)
+    for name, spec, factors in (("a", "A-v0", ["agent", "door"]), ("b", "B-v0", ["agent", "box"])):
+        with DatasetWriter(tmp_path / name, COUNTED, FIVE, env_spec=spec, factor_names=factors) as writer:
+            for episode in counted([4, 2]):
+                values = {factor: rng.integers(5, size=len(episode.obs)) for factor in factors}
+                writer.add(dataclasses.replace(episode, factors=values))
+    both = Dataset(tmp_path / "a", tmp_path / "b", tmp_path / "a")
+    assert (both.env_spec, both.env_specs) == (None, ["A-v0", "B-v0"])
+    assert both.describe()["environment"] == "A-v0, B-v0"
+    assert both.factor_names == ["agent"]
+    assert "factor/agent" in both.columns
+    assert "factor/door" not in both.columns
+    agent = [Dataset(tmp_path / name).column("factor/agent") for name in "aba"]
+    np.testing.assert_array_equal(both.column("factor/agent"), np.concatenate(agent))
+    assert both.sample(8, 2, rng).obs.shape == (8, 3, 2)
+
+
+def test_tasks_that_stack_other_numbers_of_frames_are_stacked_alike_on_request_only(tmp_path: Path) -> None:
+    a = write_counted(tmp_path / "a", [4], env_spec="A-v0:frame_stack=2")
+    b = write_counted(tmp_path / "b", [4], env_spec="B-v0:frame_stack=4")
+    with pytest.raises(DatasetError, match=r"stack \[2, 4\] frames: pass one frame_stack"):
+        open_dataset([a, b])
+    assert open_dataset([a, b], frame_stack=4).frame_stack == 4
+    assert open_dataset([a, a]).frame_stack == 2
+
+
+def test_folders_of_other_spaces_are_not_read_as_one(tmp_path: Path) -> None:
     a = write_counted(tmp_path / "a", [4], env_spec="A-v0")
-    b = write_counted(tmp_path / "b", [4], env_spec="B-v0")
-    with pytest.raises(DatasetError, match="env_spec is A-v0, asked for B-v0"):
-        Dataset(a, b)
     with DatasetWriter(tmp_path / "c", COUNTED, spaces.Discrete(6), env_spec="A-v0") as writer:
         writer.add(counted([3])[0])
     with pytest.raises(DatasetError, match=r"action_space is Discrete\(5\), asked for Discrete\(6\)"):

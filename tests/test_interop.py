@@ -144,6 +144,20 @@ def test_merge_keeps_order_and_digest(tmp_path: Path) -> None:
         merge([tmp_path / "a", tmp_path / "bb"], tmp_path / "a", overwrite=True)
 
 
+def test_merge_refuses_several_tasks(tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    space = SPACES["discrete"]
+    for path, spec, factors in zip(paths, ["A-v0", "B-v0", "A-v0"], [{}, {}, {"x": np.arange(4)}], strict=True):
+        with DatasetWriter(path, space, space, env_spec=spec, factor_names=list(factors)) as writer:
+            reward = np.zeros(3, np.float32)
+            writer.add(Episode(samples(space, 4), samples(space, 3), reward, True, False, factors=factors))
+    with pytest.raises(DatasetError, match=r"one task, and these are of A-v0, B-v0: .* without merging"):
+        merge(paths[:2], tmp_path / "out")
+    with pytest.raises(DatasetError, match="with other factors each"):
+        merge(paths[::2], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------------------- foreign Minari
 
 

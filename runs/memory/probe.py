@@ -27,6 +27,17 @@ CELLS, REPORT = "probe.jsonl", "probe.md"
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What is tried before the runs that count, by `arms` alike."""
+
+    task: str
+    seeds: list[int]
+    arms: list[str]
+    candidates: dict[str, dict[str, Any]]
+    """Settings of the algorithm, over those that all share."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Policies:
     """What `policies.py` trains on the features of one of the arms."""
 
@@ -35,6 +46,7 @@ class Policies:
     seeds: list[int]
     finetune: dict[str, Any]
     arms: dict[str, dict[str, Any]]
+    tuning: Tuning
 
 
 @dataclasses.dataclass(frozen=True)

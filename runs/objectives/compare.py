@@ -1,8 +1,9 @@
 """Compares objectives on the same work: `python runs/objectives/compare.py`, again to go on after an interruption.
 
-A cell is one objective, task and pre-training seed: its encoder is trained, probed, and given frozen to PPO with its
-share of the seeds. A cell that is done is one row of `results/cells.jsonl`, which is all that has to be kept: data and
-encoders lie in `out/` and are made again where they are missing. `results/report.md` is written from what is there.
+A cell is one arm, task and pre-training seed: its encoder is trained and probed, and PPO has its share of the seeds on
+it. A baseline trains no encoder beforehand, and has a cell a seed. A cell that is done is one row of
+`results/cells.jsonl`, which is all that has to be kept: data and encoders lie in `out/` and are made again where they
+are missing. `results/report.md` is written from what is there.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import tyro
 
 import rlrep
 from rlrep import runs
 from rlrep.evaluate.comparison import fixed_rng
 from rlrep.evaluate.stats import iqm, speed_up, steps_to_threshold
+from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.settings import load_yaml
 
 HERE = Path(__file__).parent
@@ -34,36 +39,32 @@ class Plan:
 
     tasks: dict[str, int]
     collect: dict[str, Any]
-    objectives: dict[str, list[str]]
     pretrain: dict[str, Any]
     pretrain_seeds: list[int]
     finetune: dict[str, Any]
-    controls: list[str]
+    arms: dict[str, dict[str, Any]]
+    """Settings of `finetune`'s arm; one with `objectives` is pre-trained, on the data of its task or on `all`."""
 
 
 Cell = dict[str, Any]
-"""`task`, `arm` (of an objective, or a control) and `pretrain_seed` (None for controls); when done, its results."""
+"""`task`, `arm`, `pretrain_seed` (None for baselines) and PPO's `seeds`; when done, its results."""
 
 
 def cells(plan: Plan) -> Iterator[Cell]:
-    """All cells, in an order in which every objective has as many as the others at any time."""
-    for task, arm in itertools.product(plan.tasks, plan.controls):
-        yield {"task": task, "arm": arm, "pretrain_seed": None}
-    for seed, task, arm in itertools.product(plan.pretrain_seeds, plan.tasks, plan.objectives):
-        yield {"task": task, "arm": arm, "pretrain_seed": seed}
-
-
-def key(cell: Cell) -> tuple[Any, ...]:
-    """What tells a cell from the others."""
-    return cell["task"], cell["arm"], cell["pretrain_seed"]
-
-
-def policy_seeds(plan: Plan, pretrain_seed: int | None) -> list[int]:
-    """Returns PPO's seeds on the encoder of a pre-training seed: encoders share them out; controls have them all."""
+    """All cells, in an order in which every arm has about as many as the others at any time."""
     seeds: list[int] = plan.finetune["seeds"]
-    if pretrain_seed is None:
-        return seeds
-    return seeds[plan.pretrain_seeds.index(pretrain_seed) :: len(plan.pretrain_seeds)]
+    baselines = [name for name, arm in plan.arms.items() if "objectives" not in arm]
+    pretrained = [name for name in plan.arms if name not in baselines]
+    for seed, arm, task in itertools.product(seeds, baselines, plan.tasks):
+        yield {"task": task, "arm": arm, "pretrain_seed": None, "seeds": [seed]}
+    # Encoders of an arm share PPO's seeds out.
+    for (i, pretrain_seed), task, arm in itertools.product(enumerate(plan.pretrain_seeds), plan.tasks, pretrained):
+        yield {"task": task, "arm": arm, "pretrain_seed": pretrain_seed, "seeds": seeds[i :: len(plan.pretrain_seeds)]}
+
+
+def key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a cell from the others."""
+    return cell["task"], cell["arm"], cell["pretrain_seed"], *cell["seeds"]
 
 
 def folder_name(text: str) -> str:
@@ -71,30 +72,41 @@ def folder_name(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", text)
 
 
-def run_cell(plan: Plan, cell: Cell, out: Path) -> Cell:
+def data_folder(out: Path, task: str) -> Path:
+    """Where the reward-free data of a task lies."""
+    return out / folder_name(task) / "data"
+
+
+def run_cell(job: Mapping[str, Any], send: Send) -> Cell:
     """Trains, probes and fine-tunes one cell, or goes on with it, and returns it with its results."""
-    task, arm, seed = key(cell)
-    budget, encoder = plan.tasks[task], None
-    folder = out / folder_name(task) / folder_name(arm)
-    if arm in plan.objectives:
-        data = rlrep.collect(task, out=out / folder_name(task) / "data", **plan.collect)
-        folder = folder / f"seed{seed}"
-        settings = {**plan.pretrain, "objectives": plan.objectives[arm], "seed": seed}
+    plan, out, cell = job["plan"], job["out"], dict(job["cell"])
+    task, seeds = cell["task"], cell["seeds"]
+    options = dict(plan.arms[cell["arm"]])
+    objectives, mixed = options.pop("objectives", None), options.pop("data", "own") == "all"
+    folder = out / folder_name(task) / folder_name(cell["arm"]) / "-".join(map(str, seeds))
+    encoder = None
+    if objectives is not None:
+        data = [data_folder(out, each) for each in (plan.tasks if mixed else [task])]
+        settings = {**plan.pretrain, "objectives": objectives, "seed": cell["pretrain_seed"]}
         encoder = rlrep.pretrain(data, out=folder / "pretrain", **settings)
-        cell = {
-            **cell,
-            "data_digest": data.digest,
+        cell |= {
             "encoder_digest": encoder.digest(),
             "pretrain_seconds": runs.read_json(folder / "pretrain" / runs.RECORD)["results"]["seconds"],
-            **rlrep.probe(encoder, data).to_json(),
+            **rlrep.probe(encoder, data_folder(out, task)).to_json(),
         }
-    arms = ["frozen" if arm in plan.objectives else arm]
-    settings = {**plan.finetune, "arms": arms, "steps": budget, "seeds": policy_seeds(plan, seed)}
-    rewarded = rlrep.finetune(task, out=folder / "finetune", encoder=encoder, **settings)
+    arms = [{"kind": "frozen" if objectives else cell["arm"], **options, "name": cell["arm"]}]
+    settings = {**plan.finetune, "arms": arms, "steps": plan.tasks[task], "seeds": seeds}
+    rewarded = rlrep.finetune(task, out=folder / "finetune", encoder=encoder, n_workers=1, **settings)
     rows = runs.read_jsonl(rewarded / "scores.jsonl")
-    curves = {str(of): [[row["steps"], row["return"]] for row in rows if row["seed"] == of] for of in settings["seeds"]}
-    seconds = [row["seconds"] for row in rows if row["last"]]
-    return {**cell, "budget": budget, "curves": curves, "rl_seconds": float(np.mean(seconds)), **runs.provenance(seed)}
+    curves = {str(of): [[row["steps"], row["return"]] for row in rows if row["seed"] == of] for of in seeds}
+    return {
+        **cell,
+        "budget": plan.tasks[task],
+        "curves": curves,
+        "rl_seconds": float(np.mean([row["seconds"] for row in rows if row["last"]])),
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **runs.provenance(cell["pretrain_seed"]),
+    }
 
 
 def shares(done: Sequence[Cell], arm: str, task: str, threshold: float) -> list[float]:
@@ -151,22 +163,38 @@ def predictors(done: Sequence[Cell], threshold: float) -> dict[str, float]:
     return {name: float(np.nanmean(each)) for name, each in found.items() if np.isfinite(each).any()}
 
 
+def best_baselines(plan: Plan, done: Sequence[Cell], threshold: float) -> dict[str, str]:
+    """Returns the quickest baseline of each task: picked by the runs it is compared by, which favours it."""
+    found = {}
+    for task in plan.tasks:
+        steps = {
+            arm: float(np.mean(np.minimum(shares(done, arm, task, threshold), 1.5)))
+            for arm, options in plan.arms.items()
+            if options.get("kind", arm) in ("scratch", "augment") and shares(done, arm, task, threshold)
+        }
+        if steps:
+            found[task] = min(steps, key=lambda arm: steps[arm])
+    return found
+
+
 def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
-    """Returns the table of arms, the quickest first, in Markdown."""
+    """Returns the tables in Markdown: of arms, the quickest first, and of tasks."""
     threshold = plan.finetune["threshold"]
+    best = best_baselines(plan, done, threshold)
     lines = [
         "# Objectives, compared",
         "",
-        f"{len(done)} of {total} cells. Steps are shares of each task's budget "
-        f"({', '.join(f'{task}: {steps:,}' for task, steps in plan.tasks.items())}) to a return of {threshold:g}; "
-        "interquartile mean over all runs; `>1`: not reached. Speed-up: against `scratch`, 95 % interval, on tasks "
-        "that both have.",
+        f"{len(done)} of {total} cells. Rewarded steps to a return of {threshold:g}, as shares of each task's budget; "
+        "interquartile mean over all runs; `>1`: not reached. Speed-up: against the best baseline of each task, "
+        "picked after the fact by these very runs, with its 95 % interval, on tasks that both have. Before all "
+        f"runs of a pre-trained arm: {plan.collect['steps']:,} steps without reward.",
         "",
         "| arm | runs | solved | steps | speed-up | effective rank | mean probe | pre-training, s | PPO, s a run |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    table = []
-    for arm in [*plan.controls, *plan.objectives]:
+    order: list[tuple[float, str]] = []
+    rows: dict[str, str] = {}
+    for arm in plan.arms:
         mine = [cell for cell in done if cell["arm"] == arm]
         if not mine:
             continue
@@ -174,11 +202,11 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         scores = matrix(done, arm, tasks, threshold)
         runs_, solved = np.isfinite(scores) | np.isinf(scores), np.isfinite(scores)
         steps = float(iqm(scores))
-        shared = [task for task in tasks if shares(done, "scratch", task, threshold)]
         ratio = "-"
-        if arm != "scratch" and shared:
-            pair = [matrix(done, name, shared, threshold) for name in ("scratch", arm)]
-            r = speed_up(*pair, 1.0, fixed_rng())
+        if shared := [task for task in tasks if task in best and best[task] != arm]:
+            columns = [shares(done, best[task], task, threshold) for task in shared]
+            baseline = np.array(list(itertools.zip_longest(*columns, fillvalue=math.nan)), dtype=float)
+            r = speed_up(baseline, matrix(done, arm, shared, threshold), 1.0, fixed_rng())
             ratio = f"{r.point:.2f} ({r.low:.2f} to {r.high:.2f}){'' if r.bound == 'exact' else ', ' + r.bound}"
         trained = [cell for cell in mine if "features" in cell]
 
@@ -196,34 +224,67 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
             mean([cell["pretrain_seconds"] for cell in trained], 0),
             mean([cell["rl_seconds"] for cell in mine], 0),
         ]
-        table.append((steps, "| " + " | ".join(row) + " |"))
-    lines += [line for _, line in sorted(table, key=lambda each: each[0])]
-    if found := predictors(done, threshold):
+        # Arms that too few runs of solved are told apart by the share of the budget they have used.
+        order.append((steps if math.isfinite(steps) else 1 + float(np.nanmean(np.minimum(scores, 1.0))), arm))
+        rows[arm] = "| " + " | ".join(row) + " |"
+    ranked = [arm for _, arm in sorted(order)]
+    lines += [rows[arm] for arm in ranked]
+    lines += [
+        "",
+        "Task by task: mean rewarded steps, a run that did not get there counted with its whole budget, and how many "
+        "did. `*`: the best baseline.",
+        "",
+        "| arm | " + " | ".join(f"{task.split(':')[0]} ({steps:,})" for task, steps in plan.tasks.items()) + " |",
+        "|---" * (len(plan.tasks) + 1) + "|",
+    ]
+    for arm in ranked:
+        entries = []
+        for task, budget in plan.tasks.items():
+            found = np.array(shares(done, arm, task, threshold))
+            star = "*" if best.get(task) == arm else ""
+            reached = f"{np.isfinite(found).sum()}/{len(found)}"
+            entries.append(f"{np.minimum(found, 1).mean() * budget:,.0f}{star}, {reached}" if len(found) else "-")
+        lines.append(f"| {arm} | " + " | ".join(entries) + " |")
+    if metrics := predictors(done, threshold):
         lines += ["", "Which cheap metric ranks encoders as PPO does (mean Spearman correlation over tasks):", ""]
-        lines += [f"- {name}: {value:.2f}" for name, value in sorted(found.items(), key=lambda item: -item[1])]
+        lines += [f"- {name}: {value:.2f}" for name, value in sorted(metrics.items(), key=lambda item: -item[1])]
+    machines = sorted({cell["processor"] for cell in done})
+    lines += ["", f"Seconds are the clock's, of cells side by side, on: {', '.join(machines)}."]
     return "\n".join(lines) + "\n"
 
 
-def main(plan_file: Path = HERE / "plan.yaml", out: Path = HERE / "out", results: Path = HERE / "results") -> None:
+def main(
+    plan_file: Path = HERE / "plan.yaml",
+    out: Path = HERE / "out",
+    results: Path = HERE / "results",
+    n_workers: int = len(os.sched_getaffinity(0)),
+) -> None:
     """Runs the cells that are missing from the results, and writes the report after each.
 
     Args:
         plan_file: What to compare.
         out: Data, encoders and runs; may be thrown away.
         results: Rows of finished cells, and the report.
+        n_workers: Cells side by side.
     """
     plan = load_yaml(Plan, plan_file)
     wanted = list(cells(plan))
     results.mkdir(parents=True, exist_ok=True)
     with runs.lock(out):
-        for i, cell in enumerate(wanted):
-            done = runs.read_jsonl(results / CELLS)
-            if key(cell) not in {key(row) for row in done}:
-                print(f"[{i + 1}/{len(wanted)}] {cell['arm']} on {cell['task']}, seed {cell['pretrain_seed']}")
-                runs.append_jsonl(results / CELLS, run_cell(plan, cell, out))
-                done = runs.read_jsonl(results / CELLS)
-            text = report(plan, done, len(wanted))
-            runs.write_atomically(results / "report.md", lambda path, text=text: path.write_text(text))
+        done = {key(row) for row in runs.read_jsonl(results / CELLS)}
+        missing = [cell for cell in wanted if key(cell) not in done]
+        if missing:
+            for task in plan.tasks:
+                rlrep.collect(task, out=data_folder(out, task), **plan.collect)
+        for job, found in map_jobs(run_cell, [{"plan": plan, "out": out, "cell": cell} for cell in missing], n_workers):
+            if isinstance(found, JobFailure):
+                print(f"{key(job['cell'])} failed: {found.error}", file=sys.stderr)
+                continue
+            runs.append_jsonl(results / CELLS, found)
+            rows = runs.read_jsonl(results / CELLS)
+            print(f"[{len(rows)}/{len(wanted)}] {key(found)}", flush=True)
+        text = report(plan, runs.read_jsonl(results / CELLS), len(wanted))
+        runs.write_atomically(results / "report.md", lambda path: path.write_text(text))
     print(text)
 
 
