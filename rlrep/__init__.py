@@ -10,6 +10,7 @@ from rlrep_envs import EnvSpec, make_env, make_vec_env
 from rlrep.belief import BeliefPolicy
 from rlrep.collect import collect
 from rlrep.dataset import Dataset, DatasetWriter
+from rlrep.dreaming import Dreaming
 from rlrep.encoders import Encoder, load_belief, load_encoder, make_encoder
 from rlrep.evaluate.dreams import dream
 from rlrep.evaluate.memory import probe_memory
@@ -37,6 +38,7 @@ __all__ = [
     "Dataset",
     "DatasetWriter",
     "DreamVecEnv",
+    "Dreaming",
     "Encoder",
     "EnvSpec",
     "Episode",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +21,12 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from rlrep import runs, spaces
 from rlrep.augment import Augment
+from rlrep.dreaming import Dreaming, check_can_dream
 from rlrep.encoders import Encoder, RecurrentEncoder, load_belief, load_encoder, make_encoder
 from rlrep.encoders.recurrent import BELIEF
 from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, WARM
 from rlrep.fanout import JobFailure, Send, map_jobs
+from rlrep.imagination import load_world_model
 from rlrep.latent import LatentVecEnv, features_space
 from rlrep.live import Watch
 from rlrep.registry import nearest
@@ -34,13 +38,29 @@ from rlrep.warm import CriticFirst, Explorer, Start, check_explorer, load_explor
 SCORES, FAILURES = "scores.jsonl", "failures.jsonl"
 
 Kind = Literal[
-    "scratch", "random-frozen", "frozen", "belief", "finetune", "augment", "warm-actor", "warm-logits", "explorer"
+    "scratch",
+    "random-frozen",
+    "frozen",
+    "belief",
+    "dream",
+    "finetune",
+    "augment",
+    "warm-actor",
+    "warm-logits",
+    "explorer",
 ]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+DREAM = "dream"
+REMEMBERING = (BELIEF, DREAM)
+"""The kinds of arm whose policies learn on the features of a recurrent encoder."""
+
 DEFAULT_ARMS = ("scratch", "random-frozen", "frozen", "finetune")
 """Those that need one encoder at most; `augment` is for pictures, `belief` for memories, others for an explorer."""
+
+DREAM_OPTIONS = ("ratio", "every", "horizon", "steps", "updates")
+"""Those of `Dreaming` that an arm may set."""
 
 SEED_STRIDE = 10_000
 """Apart from one another: the environment seeds of two runs, and of training and evaluation."""
@@ -59,7 +79,9 @@ class Arm:
     `unfreeze_every` are those of `rlrep.Unfreeze`, and `auxiliary` are objectives for `rlrep.Auxiliary`.
 
     `belief` trains a policy on the features of the recurrent encoder that was pre-trained beside the other one: it
-    remembers the episode. `frozen` is the same without a memory.
+    remembers the episode. `frozen` is the same without a memory. `dream` is `belief` with a policy that learns in the
+    world model's dreams too, between its rollouts, of the reward that it has had itself; `dream` in the arm's settings
+    are options of `rlrep.Dreaming`, such as `{"ratio": 4, "horizon": 15}`.
 
     The others need an explorer, and have its layers: `warm-actor` starts from a copy of its actor, with values anew;
     `warm-logits` adds its frozen logits to those of a fresh policy (arXiv:2111.09119); in both, only values are learnt
@@ -78,6 +100,7 @@ class Arm:
     unfreeze_every: int | None = None
     auxiliary: list[str | Mapping[str, Any]] = dataclasses.field(default_factory=list)
     critic_steps: int = 0
+    dream: dict[str, Any] = dataclasses.field(default_factory=dict)
     algorithm: str | None = None
     """What trains it, where that is not what trains the others."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -106,6 +129,12 @@ class Arm:
             value = given.get(key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{key} of arm {given['name']!r} is a whole number of steps, and not {value!r}")
+        for key in given.get(DREAM, {}):
+            if key not in DREAM_OPTIONS:
+                raise ValueError(
+                    f"dream of arm {given['name']!r} has no setting {key!r}.{nearest(key, DREAM_OPTIONS)} "
+                    f"Its settings: {', '.join(DREAM_OPTIONS)}"
+                )
         return cls(**given)
 
     @property
@@ -160,6 +189,10 @@ def parse_arms(arms: Sequence[str | Mapping[str, Any]], algorithm: str, settings
                 f"critic_steps={arm.critic_steps} of arm {arm.name!r}: it is 0 or more, and only arms that start "
                 f"from an explorer have it ({', '.join(WARM)})"
             )
+        if arm.kind == DREAM:
+            check_can_dream(get_algorithm(arm.algorithm or algorithm))
+        elif arm.dream:
+            raise ValueError(f"arm {arm.name!r} says how to dream, which arms of kind {DREAM!r} do, not {arm.kind!r}")
         if not arm.lr_scale > 0:
             raise ValueError(f"lr_scale={arm.lr_scale} of arm {arm.name!r} is not positive; 'frozen' does not learn")
         if arm.unfreeze_every is not None and arm.unfreeze_at is None:
@@ -250,7 +283,7 @@ def finetune(
     if isinstance(pretrained, RecurrentEncoder):
         belief, pretrained = pretrained, pretrained.encoder
         pretrained.provenance = belief.provenance
-    elif encoder is not None and any(arm.kind == BELIEF for arm in parsed):
+    elif encoder is not None and any(arm.kind in REMEMBERING for arm in parsed):
         belief = load_belief(encoder)
     if needy := [arm.name for arm in parsed if arm.pretrained and pretrained is None]:
         raise ValueError(f"arm {needy[0]!r} needs a pre-trained encoder; pass one, or leave the arm out")
@@ -273,6 +306,8 @@ def finetune(
                 policy_kwargs(pretrained, arm.algorithm or algorithm, **arm.transfer)
     if belief is not None:
         spaces.check_same(action_space, belief.action_space, "this encoder was made for actions")
+        if any(arm.kind == DREAM for arm in parsed):
+            load_world_model(belief)
     network, acted_on = None, None
     if explored is not None:
         starts = {arm.name: cast(Start, arm.kind) for arm in parsed if arm.kind in WARM}
@@ -313,7 +348,7 @@ def finetune(
         def encoder_of(arm: Arm) -> Encoder | None:
             if arm.explored:
                 return acted_on
-            return belief if arm.kind == BELIEF else pretrained if arm.pretrained else untrained
+            return belief if arm.kind in REMEMBERING else pretrained if arm.pretrained else untrained
 
         jobs = [
             {
@@ -380,20 +415,27 @@ def _run_job(job: Mapping[str, Any], send: Send) -> None:
     """Trains one arm with one seed, sending a row of scores at every evaluation. Runs in a process of its own."""
     arm: Arm = job["arm"]
     first_seed = SEED_STRIDE * (2 * job["seed"] + 1)
-    model, evaluation = _build(arm, job, first_seed)
-    callback = _Evaluate(job, evaluation, first_seed + SEED_STRIDE, send)
-    try:
+    with contextlib.ExitStack() as stack:
+        callbacks: list[BaseCallback] = [CriticFirst(arm.critic_steps)] if arm.kind in WARM else arm.callbacks()
+        dreaming = None
+        if arm.kind == DREAM:
+            lived = stack.enter_context(tempfile.TemporaryDirectory())
+            dreaming = Dreaming(job["encoder"], lived, seed=job["seed"], device=job["device"], **arm.dream)
+            stack.callback(dreaming.close)
+            callbacks = [dreaming]
+        model, evaluation = _build(arm, job, first_seed, dreaming)
+        stack.callback(evaluation.close)
+        callback = _Evaluate(job, evaluation, first_seed + SEED_STRIDE, send)
         if arm.kind == EXPLORER:
             callback.init_callback(model)
         else:
-            callbacks: list[BaseCallback] = [CriticFirst(arm.critic_steps)] if arm.kind in WARM else []
-            model.learn(job["steps"], callback=[*callbacks, callback, *arm.callbacks()])
+            model.learn(job["steps"], callback=[callback, *callbacks])
         callback.score(last=True)
-    finally:
-        evaluation.close()
 
 
-def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgorithm, VecEnv]:
+def _build(
+    arm: Arm, job: Mapping[str, Any], first_seed: int, dreaming: Dreaming | None
+) -> tuple[BaseAlgorithm, VecEnv]:
     """Returns the model on its training environments, and the evaluation environments it understands."""
     env = make_vec_env(job["env"], job["n_envs"], first_seed, factors=False)
     evaluation = make_vec_env(
@@ -428,8 +470,9 @@ def _build(arm: Arm, job: Mapping[str, Any], first_seed: int) -> tuple[BaseAlgor
         )
         return model, evaluation
     device = job["device"]
-    if arm.kind in ("frozen", "random-frozen", BELIEF):
-        env, evaluation = (LatentVecEnv(each, encoder, device=device) for each in (env, evaluation))
+    if arm.kind in ("frozen", "random-frozen", *REMEMBERING):
+        evaluation = LatentVecEnv(evaluation, encoder, device=device)
+        env = dreaming.wrap(env) if dreaming else LatentVecEnv(env, encoder, device=device)
         device = "cpu" if device == "auto" else device
     else:
         mode: Literal["finetune", "scratch"] = "finetune" if arm.pretrained else "scratch"

@@ -52,6 +52,10 @@ def load_world_model(encoder: str | Path | Encoder) -> WorldModel:
     return found
 
 
+class ConstantReward(DatasetError):
+    """Every step was paid alike, so there is nothing to learn of rewards."""
+
+
 class RewardHead(nn.Module):
     """Foretells the reward of a step from the features of the state it led to; never more or less than was ever paid.
 
@@ -88,6 +92,7 @@ def fit_reward(
     held_out: float = 0.1,
     seed: int = 0,
     device: str = "auto",
+    progress: bool = True,
 ) -> RewardHead:
     """Learns to foretell rewards from a frozen world model's features; here, unlike in pre-training, rewards are read.
 
@@ -104,17 +109,18 @@ def fit_reward(
         held_out: Fraction of the episodes on which `RewardHead.explained` is measured; `steps` bounds these too.
         seed: Of initialisation, dreams, batches and the split.
         device: Where it computes; `auto` is a GPU if there is one.
+        progress: Show a progress bar.
 
     Raises:
         RunError: There is no encoder there.
         SpecError: It cannot dream.
         RlrepError: It was trained without a decoder.
         SpaceError: It was made for other observations or actions.
-        DatasetError: The reward is always the same, or there is only one episode.
+        DatasetError: The reward is always the same (`ConstantReward`), or there is only one episode.
     """
     model = load_world_model(encoder)
     dataset = open_dataset(data)
-    _check_data(model, dataset)
+    check_made_for(model, dataset)
     if min(steps, updates, batch_size) < 1:
         raise ValueError(f"steps, updates and batch_size must be at least 1, not {steps}, {updates} and {batch_size}")
     rng = np.random.default_rng([seed, 5])
@@ -125,13 +131,13 @@ def fit_reward(
         features, rewards = _rewarded(model, train, steps, rng)
         low, high = rewards.min(), rewards.max()
         if low == high:
-            raise DatasetError(
+            raise ConstantReward(
                 f"the reward is {float(low):g} at all {len(rewards) // 2:,} steps that were looked at, so there is "
                 "nothing to foretell: collect until some other reward is found"
             )
         head = RewardHead(model.features_dim).to(place)
         optimizer = torch.optim.Adam(head.parameters(), lr=learning_rate)
-        for _ in tqdm(range(updates), desc="fit reward", unit="update", mininterval=0.5):
+        for _ in tqdm(range(updates), desc="fit reward", unit="update", mininterval=0.5, disable=not progress):
             batch = torch.from_numpy(rng.integers(len(rewards), size=batch_size)).to(place)
             loss = F.mse_loss(head(features[batch]), rewards[batch])
             optimizer.zero_grad(set_to_none=True)
@@ -192,7 +198,7 @@ class DreamVecEnv(VecEnv):
                 raise ValueError(f"{name} must be at least 1, not {number}")
         model = load_world_model(encoder)
         self._data = open_dataset(data)
-        _check_data(model, self._data)
+        check_made_for(model, self._data)
         if reward.features_dim != model.features_dim:
             raise SpaceError(
                 f"a reward of {reward.features_dim} features does not go with this world model, which has "
@@ -295,7 +301,12 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _check_data(model: WorldModel, data: Dataset) -> None:
+def check_made_for(model: WorldModel, data: Dataset | VecEnv) -> None:
+    """Checks that a world model goes with data or environments.
+
+    Raises:
+        SpaceError: It was made for other observations or actions.
+    """
     spaces.check_same(data.observation_space, model.observation_space, "this world model was made for observations")
     spaces.check_same(data.action_space, model.action_space, "this world model was made for actions")
 

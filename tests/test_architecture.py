@@ -26,7 +26,7 @@ TIERS = [
     ["nets", "losses", "augment", "dataset", "settings", "fanout", "interop", "recorder"],
     ["encoders"],
     ["objectives", "sb3"],
-    ["explore", "latent", "transfer", "belief", "imagination"],
+    ["explore", "latent", "transfer", "belief", "imagination", "dreaming"],
     ["evaluate", "intrinsic"],
     ["live"],
     ["collect", "pretrain", "warm", "finetune", "export"],

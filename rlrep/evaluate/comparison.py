@@ -32,7 +32,7 @@ from rlrep.types import RunError
 BASELINE, CONTROL = "scratch", "random-frozen"
 """The kinds of arm that the others are measured against."""
 
-PRETRAINED = ("frozen", "finetune", "belief")
+PRETRAINED = ("frozen", "finetune", "belief", "dream")
 """The kinds of arm with a pre-trained encoder; `augment`, for one, is another way of training from scratch."""
 
 WARM, EXPLORER = ("warm-actor", "warm-logits"), "explorer"

@@ -1,0 +1,207 @@
+"""`Dreaming`: an SB3 agent that learns in the dreams of a world model too, of what it has earned itself.
+
+real environments -> Recorder -> LatentVecEnv -> SB3 algorithm <- the same policy, in DreamVecEnv, between rollouts
+                        '-> what was earned -> fit_reward ------------------'
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from rlrep.dataset import Dataset, DatasetWriter
+from rlrep.encoders import Encoder
+from rlrep.imagination import ConstantReward, DreamVecEnv, check_made_for, fit_reward, load_world_model
+from rlrep.latent import LatentVecEnv, check_learnt_on
+from rlrep.recorder import Recorder
+from rlrep.types import Episode, RlrepError
+
+
+def check_can_dream(algorithm: type[BaseAlgorithm]) -> None:
+    """Checks that an algorithm can learn in dreams between its rollouts.
+
+    Raises:
+        ValueError: It learns from a replay buffer, or remembers by itself.
+    """
+    remembers = "MlpLstmPolicy" in algorithm.policy_aliases
+    if not issubclass(algorithm, OnPolicyAlgorithm) or remembers:
+        why = "has a memory of its own" if remembers else "learns from a replay buffer"
+        raise ValueError(
+            f"{algorithm.__name__} {why}, and cannot dream between rollouts: use PPO or A2C, or train it in a "
+            "DreamVecEnv alone"
+        )
+
+
+class Dreaming(BaseCallback):
+    """Lets an agent learn in dreams between its rollouts in the real environments.
+
+    The agent observes the features of a frozen world model. What it does and earns is recorded; every so often a head
+    that foretells reward is fitted to that anew, and the agent's policy takes some dreamt steps for each real one, from
+    states that it has been in. `num_timesteps` counts the real ones only, which are all that need reward. Until two
+    different rewards have been seen there is nothing to dream of, and the agent learns as without this.
+
+        dreaming = Dreaming("doorkey/memory", "doorkey/lived")
+        PPO("MlpPolicy", dreaming.wrap(venv)).learn(50_000, callback=dreaming)
+
+    As in Dyna (Sutton 1991, doi:10.1145/122344.122377); dreams that begin anywhere in what was lived, and are short, as
+    in Dreamer (Hafner et al. 2020, arXiv:1912.01603) and MBPO (Janner et al. 2019, arXiv:1906.08253).
+
+    Args:
+        encoder: A world model, or the folder of the run that trained it.
+        out: Where what the agent does is recorded, as a dataset with reward.
+        ratio: Dreamt steps for each real one; rounded up to whole rollouts.
+        every: Real steps from one time of dreaming to the next.
+        horizon: Steps of a dream at most.
+        steps: Real steps that rewards are learnt from at most, of episodes drawn at random.
+        updates: Gradient steps of the head, each time.
+        seed: Of the head and the dreams.
+        device: Where the world model computes, named as in SB3.
+        overwrite: Throw away the dataset that is in `out`; otherwise it is added to.
+
+    Raises:
+        RunError: There is no encoder there.
+        SpecError: It cannot dream.
+        ValueError: A number out of range; or, when `learn` starts, the algorithm is not one that learns from rollouts.
+        RlrepError: When `learn` starts: the environments are not those that `wrap` returned.
+    """
+
+    def __init__(
+        self,
+        encoder: str | Path | Encoder,
+        out: str | Path,
+        *,
+        ratio: float = 4.0,
+        every: int = 10_000,
+        horizon: int = 15,
+        steps: int = 20_000,
+        updates: int = 500,
+        seed: int = 0,
+        device: torch.device | str = "auto",
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, number in {"every": every, "horizon": horizon, "steps": steps, "updates": updates}.items():
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, not {number}")
+        if not ratio > 0:
+            raise ValueError(f"ratio={ratio}: an agent that dreams takes some dreamt steps for each real one")
+        self.encoder, self.out = load_world_model(encoder), Path(out)
+        self.ratio, self.every, self.horizon = ratio, every, horizon
+        self.steps, self.updates, self.seed, self.device, self.overwrite = steps, updates, seed, device, overwrite
+        self.dreamt = 0
+        """Steps dreamt so far."""
+        self._recorder: Recorder | None = None
+        self._since = 0
+
+    def wrap(self, venv: VecEnv) -> LatentVecEnv:
+        """Returns the environments for the agent: recorded, and seen through the world model.
+
+        Raises:
+            SpaceError: The world model was made for other observations or actions.
+            DatasetError: `out` holds something else.
+        """
+        check_made_for(self.encoder, venv)
+        self._writer = DatasetWriter(self.out, venv.observation_space, venv.action_space, overwrite=self.overwrite)
+        self._recorder = Recorder(venv, self)
+        return LatentVecEnv(self._recorder, self.encoder, device=self.device)
+
+    def add(self, episode: Episode) -> None:
+        """Takes an episode from the recorder; ground truth is nothing that it learns from."""
+        self._writer.add(dataclasses.replace(episode, factors={}))
+
+    def close(self) -> None:
+        """Records what is still running, and lets go of the dataset."""
+        if self._recorder is not None:
+            self._recorder.finish()
+            self._writer.close()
+
+    def _on_training_start(self) -> None:
+        check_can_dream(type(self.model))
+        env: Any = self.model.get_env()
+        while env is not None and env is not self._recorder:
+            env = getattr(env, "venv", None)
+        if env is None:
+            raise RlrepError(
+                "what the agent does is not recorded: make it as PPO('MlpPolicy', dreaming.wrap(venv)), with this one"
+            )
+        check_learnt_on(self.model, self.encoder)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        assert self._recorder is not None
+        lived = self._recorder.steps - self._since
+        if lived >= self.every:
+            self._since = self._recorder.steps
+            self._dream(math.ceil(self.ratio * lived))
+
+    def _dream(self, steps: int) -> None:
+        """Learns what is paid for, and takes so many dreamt steps."""
+        self._writer.flush()
+        # A part is held out, to say how well rewards are foretold.
+        if self._writer.n_episodes < 2:
+            return
+        data = Dataset(self.out)
+        try:
+            reward = fit_reward(
+                self.encoder,
+                data,
+                steps=self.steps,
+                updates=self.updates,
+                seed=self.seed,
+                device=str(self.device),
+                progress=False,
+            )
+        except ConstantReward:
+            return
+        model = self.model
+        assert isinstance(model, OnPolicyAlgorithm)
+        dream = DreamVecEnv(
+            self.encoder,
+            reward,
+            data,
+            model.n_envs,
+            horizon=self.horizon,
+            seed=self.seed + self.dreamt,
+            device=self.device,
+        )
+        before = self.dreamt
+        dreamer = _twin(model, dream)
+        dreamer.learn(steps)
+        self.dreamt += dreamer.num_timesteps
+        self.logger.record("dream/steps", self.dreamt - before)
+        self.logger.record("dream/reward_explained", reward.explained)
+
+
+def _twin(model: OnPolicyAlgorithm, env: VecEnv) -> OnPolicyAlgorithm:
+    """Returns an algorithm that trains the policy of `model` with its settings of this moment, in other environments.
+
+    Policy and optimiser are the same objects; what belongs to the rollouts of `model` is not touched.
+    """
+    twin = copy.copy(model)
+    twin.rollout_buffer = copy.deepcopy(model.rollout_buffer)
+    twin.env, twin._vec_normalize_env = env, None
+    twin._last_obs = None
+    twin.set_logger(Logger(None, []))
+    progress = model._current_progress_remaining
+    for name in ("lr_schedule", "clip_range", "clip_range_vf"):
+        schedule = getattr(model, name, None)
+        if callable(schedule):
+            setattr(twin, name, _constant(schedule(progress)))
+    return twin
+
+
+def _constant(value: float) -> Schedule:
+    return lambda progress: value
