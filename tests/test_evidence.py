@@ -1,0 +1,105 @@
+"""The scripts of `runs/` that make evidence, on plans that take seconds: they report, and go on where they were."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from rlrep import runs
+
+RUNS = Path(__file__).parents[1] / "runs"
+TINY = "rlrep/TinyGrid-v0:size=4"
+PPO = {"n_steps": 16, "batch_size": 32, "n_epochs": 1}
+
+
+def script(path: str, plan: dict[str, object], tmp_path: Path) -> str:
+    (tmp_path / "plan.yaml").write_text(yaml.dump(plan))
+    command = [sys.executable, RUNS / path, "--plan-file", tmp_path / "plan.yaml"]
+    command += ["--out", tmp_path / "out", "--results", tmp_path / "results"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "failed" not in done.stderr
+    return done.stdout
+
+
+def test_objectives_are_compared(tmp_path: Path) -> None:
+    plan = {
+        "tasks": {TINY: 128},
+        "collect": {"explorer": "random", "steps": 300},
+        "pretrain": {"updates": 4, "batch_size": 8},
+        "pretrain_seeds": [0, 1],
+        "finetune": {"seeds": [0, 1], "n_envs": 4, "settings": PPO, "eval_every": 64, "eval_episodes": 2},
+        "arms": {
+            "scratch": {},
+            "inverse": {"objectives": ["inverse"]},
+            "inverse, all tasks": {"objectives": ["inverse"], "data": "all"},
+        },
+    }
+    plan["finetune"] |= {"threshold": 0.8}  # type: ignore[operator]
+    text = script("objectives/compare.py", plan, tmp_path)
+    cells = runs.read_jsonl(tmp_path / "results" / "cells.jsonl")
+    # A baseline has a cell a seed; encoders share the seeds out.
+    arms = ("inverse", "inverse, all tasks", "scratch")
+    assert sorted((cell["arm"], *cell["seeds"]) for cell in cells) == [(arm, seed) for arm in arms for seed in (0, 1)]
+    assert [cell["pretrain_seed"] for cell in cells if cell["arm"] == "scratch"] == [None, None]
+    assert all([steps for steps, _ in curve] == [64, 128] for cell in cells for curve in cell["curves"].values())
+    own, mixed = ({c["encoder_digest"] for c in cells if c["arm"] == arm} for arm in arms[:2])
+    assert own == mixed, "of one task, all tasks are the same data"
+    assert "6 of 6 cells" in text
+    (tmp_path / "results" / "cells.jsonl").write_text("".join(f"{line}\n" for line in _lines(tmp_path)[:-1]))
+    assert "[6/6]" in script("objectives/compare.py", plan, tmp_path), "it did not go on with what was missing"
+
+
+def test_memory_is_probed_and_used(tmp_path: Path) -> None:
+    task = "MiniGrid-MemoryS7-v0"
+    plan = {
+        "tasks": {f"{task}:obs=grid,backend=envpool,max_steps=32": "agent_x>3"},
+        "collect": {"explorer": "wander:Wander", "steps": 2_000, "n_envs": 16},
+        "arms": {"gru": {"objectives": ["gru:width=16,decoder_width=8"]}},
+        "pretrain": {"encoder": "grid:features_dim=16,width=8,depth=0", "updates": 4, "batch_size": 4},
+        "seeds": [0],
+        "policies": {
+            "tasks": [task],
+            "model": "gru",
+            "seeds": [0, 1],
+            "finetune": {
+                "steps": 128,
+                "n_envs": 4,
+                "eval_every": 64,
+                "eval_episodes": 2,
+                "threshold": 0.9,
+                "settings": PPO,
+            },
+            "arms": {
+                "belief": {"kind": "belief"},
+                "stack": {"kind": "scratch", "frame_stack": 2},
+                "RecurrentPPO": {
+                    "kind": "scratch",
+                    "algorithm": "recurrentppo",
+                    "policy_kwargs": {"lstm_hidden_size": 8},
+                },
+            },
+            "tuning": {
+                "task": task,
+                "seeds": [100],
+                "arms": ["belief"],
+                "candidates": {"a": {}, "b": {"n_epochs": 2, "policy_kwargs": {"net_arch": [8]}}},
+            },
+        },
+    }
+    assert "1 of 1 cells" in script("memory/probe.py", plan, tmp_path)
+    script("memory/policies.py", plan, tmp_path)
+    rows = runs.read_jsonl(tmp_path / "results" / "policies.jsonl")
+    counted = sorted((row["arm"], row["seed"], row["model_seed"]) for row in rows if row["tried"] is None)
+    assert counted == [(arm, seed, 0) for arm in ("RecurrentPPO", "belief", "stack") for seed in (0, 1)]
+    assert sorted(row["tried"] for row in rows if row["tried"]) == ["a", "b"]
+    text = (tmp_path / "results" / "policies.md").read_text()
+    assert "6 of 6 runs" in text
+    assert f"| {task} | RecurrentPPO | 0/2 | > 128; > 128 | - |" in text
+
+
+def _lines(tmp_path: Path) -> list[str]:
+    return (tmp_path / "results" / "cells.jsonl").read_text().splitlines()
