@@ -16,12 +16,15 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import connection, resource_tracker
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from rlrep import runs
 from rlrep.types import ClusterError
 
 R = TypeVar("R")
 Job = Mapping[str, Any]
+Row = dict[str, Any]
 Send = Callable[[Any], None]
 """Sends a message home while the job runs."""
 Answer = tuple[bool, Any]
@@ -108,6 +111,38 @@ def map_jobs(
                     waiting.append((job, n_deaths + 1))
                 else:
                     yield job, content
+
+
+def map_missing(
+    function: Callable[[Job, Send], Row],
+    jobs: Sequence[Job],
+    key: Callable[[Mapping[str, Any]], Any],
+    file: Path,
+    n_workers: int | None = None,
+) -> Iterator[tuple[Job, Row]]:
+    """Runs the jobs whose rows are not in a file of JSON lines yet, adds each row as it comes, and yields it.
+
+    Called again after an interruption, it goes on with what is missing. A job that fails is told of on stderr, and is
+    missing the next time.
+
+    Args:
+        function: Returns a job's row, as plain JSON values; see `map_jobs`.
+        jobs: What it is called with, started in this order.
+        key: What tells jobs apart, from a job as from its row.
+        file: The rows; made if missing.
+        n_workers: How many jobs run side by side; as many as there are cores unless given.
+    """
+    done = [key(row) for row in runs.read_jsonl(file)]
+    missing = [job for job in jobs if key(job) not in done]
+    for i, (job, found) in enumerate(map_jobs(function, missing, n_workers), start=1):
+        what = f"[{i}/{len(missing)}] {key(job)}"
+        if isinstance(found, JobFailure):
+            print(f"{what} failed: {found.error}", file=sys.stderr, flush=True)
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        runs.append_jsonl(file, found)
+        print(what, flush=True)
+        yield job, found
 
 
 class _Engine(Protocol):

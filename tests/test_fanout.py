@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rlrep.fanout import JobFailure, map_jobs
+from rlrep import runs
+from rlrep.fanout import JobFailure, map_jobs, map_missing
 
 
 def work(job, send):
@@ -64,6 +65,30 @@ def test_failures_and_deaths_are_reported_and_the_others_go_on():
     assert "SIGKILL" in found["kill"].error
     assert found["sys.exit"].error == "SystemExit: gave up"
     assert "pickle" in found["unpicklable"].error
+
+
+def note(job, send):
+    """Returns a row; the second fails once."""
+    broken = Path(job["folder"]) / "broken"
+    if job["value"] == 2 and broken.exists():
+        broken.unlink()
+        raise ValueError("not now")
+    return {"value": job["value"], "square": job["value"] ** 2}
+
+
+def test_what_is_missing_of_a_file_is_run_and_added(tmp_path, capsys):
+    (tmp_path / "broken").touch()
+    rows = tmp_path / "results" / "rows.jsonl"
+    jobs = [{"value": value, "folder": tmp_path} for value in (1, 2, 3)]
+
+    def run():
+        return sorted(row["square"] for _, row in map_missing(note, jobs, lambda job: job["value"], rows, 2))
+
+    assert run() == [1, 9]
+    assert "/3] 2 failed: ValueError: not now" in capsys.readouterr().err
+    assert run() == [4]
+    assert run() == []
+    assert sorted(row["value"] for row in runs.read_jsonl(rows)) == [1, 2, 3]
 
 
 def test_workers_run_side_by_side(tmp_path):

@@ -20,7 +20,7 @@ import numpy as np
 from rlrep import collect, runs
 from rlrep.evaluate.exploration import Explored, draw, explored
 from rlrep.evaluate.stats import iqm
-from rlrep.fanout import JobFailure, Send, map_jobs
+from rlrep.fanout import Send, map_missing
 from rlrep.settings import load_yaml
 
 HERE = Path(__file__).parent
@@ -71,6 +71,12 @@ def explore(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     return {**job, "seconds": seconds, **vars(found), "occupancy": found.occupancy.tolist()}
 
 
+def key(job: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells runs apart."""
+    names = ("study", "env", "explorer", "seed", "steps", "episodic", "n_envs", "checkpoint_every")
+    return tuple(job[name] for name in names)
+
+
 def main(names: list[str]) -> None:
     """Does the runs that are missing, and writes the comparison."""
     recipe = load_yaml(Studies, HERE / "studies.yaml")
@@ -85,16 +91,8 @@ def main(names: list[str]) -> None:
         for env in s.envs
         for e in s.explorers
     ]
-    RESULTS.mkdir(exist_ok=True)
-    done = runs.read_jsonl(SCORES) if SCORES.exists() else []
-    missing = [job for job in jobs if not any(all(row.get(k) == v for k, v in job.items()) for row in done)]
-    for n, (job, found) in enumerate(map_jobs(explore, missing, len(os.sched_getaffinity(0))), start=1):
-        what = f"{n}/{len(missing)} {job['study']}: {job['explorer']} on {job['env']}, seed {job['seed']}"
-        if isinstance(found, JobFailure):
-            print(f"{what} failed: {found.error}", file=sys.stderr)
-            continue
-        runs.append_jsonl(SCORES, found)
-        print(f"{what}: {found['curve'][-1].get('states', 0):,} states in {found['seconds']:.0f} s", flush=True)
+    for _ in map_missing(explore, jobs, key, SCORES, len(os.sched_getaffinity(0))):
+        pass
     runs.write_json(RESULTS / "run.json", runs.provenance())
     report(recipe, runs.read_jsonl(SCORES))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from probe import HERE, Plan, folder_name
 
 import rlrep
 from rlrep import runs
-from rlrep.fanout import JobFailure, Send, map_jobs
+from rlrep.fanout import Send, map_missing
 from rlrep.settings import load_yaml
 
 DONE, REPORT = "policies.jsonl", "policies.md"
@@ -100,20 +99,14 @@ class Work:
 
     def do(self, jobs: list[dict[str, Any]]) -> None:
         """Runs those that are missing, and writes the report after each."""
-        done = {key(row) for row in self.rows()}
-        for job, found in map_jobs(train, [job for job in jobs if key(job) not in done], self.n_workers):
-            if isinstance(found, JobFailure):
-                print(f"{key(job)} failed: {found.error}", file=sys.stderr)
-                continue
-            runs.append_jsonl(self.results / DONE, found)
+        for _ in map_missing(train, jobs, key, self.results / DONE, self.n_workers):
             self.report()
-            print(key(job), found["curve"][-1], flush=True)
 
     def areas(self) -> dict[tuple[str, str], float]:
         """Returns the mean return over all evaluations while tuning, by arm and candidate."""
         found: dict[tuple[str, str], list[float]] = {}
         for row in self.rows():
-            if row["tried"] is not None:
+            if row["tried"] is not None and row["seed"] in self.plan.policies.tuning.seeds:
                 found.setdefault((row["arm"], row["tried"]), []).extend(r for _, r in row["curve"])
         return {at: float(np.mean(returns)) for at, returns in found.items()}
 
@@ -137,8 +130,8 @@ class Work:
             [
                 self.job(task, arm, seed, settings[arm], None)
                 for task in policies.tasks
-                for seed in policies.seeds
                 for arm in policies.arms
+                for seed in policies.seeds
             ]
         )
 

@@ -13,7 +13,6 @@ import itertools
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import rlrep
 from rlrep import runs
 from rlrep.evaluate.comparison import fixed_rng
 from rlrep.evaluate.stats import iqm, speed_up, steps_to_threshold
-from rlrep.fanout import JobFailure, Send, map_jobs
+from rlrep.fanout import Send, map_missing
 from rlrep.settings import load_yaml
 
 HERE = Path(__file__).parent
@@ -79,7 +78,8 @@ def data_folder(out: Path, task: str) -> Path:
 
 def run_cell(job: Mapping[str, Any], send: Send) -> Cell:
     """Trains, probes and fine-tunes one cell, or goes on with it, and returns it with its results."""
-    plan, out, cell = job["plan"], job["out"], dict(job["cell"])
+    plan, out = job["plan"], job["out"]
+    cell = {name: job[name] for name in ("task", "arm", "pretrain_seed", "seeds")}
     task, seeds = cell["task"], cell["seeds"]
     options = dict(plan.arms[cell["arm"]])
     objectives, mixed = options.pop("objectives", None), options.pop("data", "own") == "all"
@@ -269,20 +269,13 @@ def main(
     """
     plan = load_yaml(Plan, plan_file)
     wanted = list(cells(plan))
-    results.mkdir(parents=True, exist_ok=True)
     with runs.lock(out):
-        done = {key(row) for row in runs.read_jsonl(results / CELLS)}
-        missing = [cell for cell in wanted if key(cell) not in done]
-        if missing:
+        if len(runs.read_jsonl(results / CELLS)) < len(wanted):
             for task in plan.tasks:
                 rlrep.collect(task, out=data_folder(out, task), **plan.collect)
-        for job, found in map_jobs(run_cell, [{"plan": plan, "out": out, "cell": cell} for cell in missing], n_workers):
-            if isinstance(found, JobFailure):
-                print(f"{key(job['cell'])} failed: {found.error}", file=sys.stderr)
-                continue
-            runs.append_jsonl(results / CELLS, found)
-            rows = runs.read_jsonl(results / CELLS)
-            print(f"[{len(rows)}/{len(wanted)}] {key(found)}", flush=True)
+        jobs = [{**cell, "plan": plan, "out": out} for cell in wanted]
+        for _ in map_missing(run_cell, jobs, key, results / CELLS, n_workers):
+            pass
         text = report(plan, runs.read_jsonl(results / CELLS), len(wanted))
         runs.write_atomically(results / "report.md", lambda path: path.write_text(text))
     print(text)
