@@ -73,7 +73,7 @@ class Dreaming(BaseCallback):
         RunError: There is no encoder there.
         SpecError: It cannot dream.
         ValueError: A number out of range; or, when `learn` starts, the algorithm is not one that learns from rollouts.
-        RlrepError: When `learn` starts: the environments are not those that `wrap` returned.
+        RlrepError: When `learn` starts: the environments are not those that `wrap` returned, or rewards are normalised.
     """
 
     def __init__(
@@ -136,6 +136,11 @@ class Dreaming(BaseCallback):
                 "what the agent does is not recorded: make it as PPO('MlpPolicy', dreaming.wrap(venv)), with this one"
             )
         check_learnt_on(self.model, self.encoder)
+        normalised = self.model.get_vec_normalize_env()
+        if normalised is not None and normalised.norm_reward:
+            raise RlrepError(
+                "the agent's rewards are normalised, and those that it would dream of are not: leave VecNormalize away"
+            )
 
     def _on_step(self) -> bool:
         return True

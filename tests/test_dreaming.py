@@ -14,6 +14,7 @@ from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecNormalize
 
 from rlrep import runs
 from rlrep.dataset import Dataset
@@ -128,6 +129,9 @@ def test_what_cannot_dream_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RlrepError, match=r"dreaming\.wrap\(venv\)"):
         PPO("MlpPolicy", env, n_steps=16, batch_size=16, device="cpu").learn(16, callback=dreaming)
     env = dreaming.wrap(venv_of(Corridor))
+    with pytest.raises(RlrepError, match="rewards are normalised"):
+        normalised = VecNormalize(env, norm_obs=False)
+        PPO("MlpPolicy", normalised, n_steps=16, batch_size=16, device="cpu").learn(16, callback=dreaming)
     with pytest.raises(ValueError, match="DQN learns from a replay buffer"):
         DQN("MlpPolicy", env, device="cpu", buffer_size=100).learn(16, callback=dreaming)
     with pytest.raises(ValueError, match="RecurrentPPO has a memory of its own"):
