@@ -129,9 +129,9 @@ def test_what_cannot_dream_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RlrepError, match=r"dreaming\.wrap\(venv\)"):
         PPO("MlpPolicy", env, n_steps=16, batch_size=16, device="cpu").learn(16, callback=dreaming)
     env = dreaming.wrap(venv_of(Corridor))
+    model = PPO("MlpPolicy", VecNormalize(env, norm_obs=False), n_steps=16, batch_size=16, device="cpu")
     with pytest.raises(RlrepError, match="rewards are normalised"):
-        normalised = VecNormalize(env, norm_obs=False)
-        PPO("MlpPolicy", normalised, n_steps=16, batch_size=16, device="cpu").learn(16, callback=dreaming)
+        model.learn(16, callback=dreaming)
     with pytest.raises(ValueError, match="DQN learns from a replay buffer"):
         DQN("MlpPolicy", env, device="cpu", buffer_size=100).learn(16, callback=dreaming)
     with pytest.raises(ValueError, match="RecurrentPPO has a memory of its own"):
