@@ -129,8 +129,8 @@ class Work:
         self.do(
             [
                 self.job(task, arm, seed, settings[arm], None)
-                for task in policies.tasks
                 for arm in policies.arms
+                for task in policies.tasks
                 for seed in policies.seeds
             ]
         )
