@@ -825,8 +825,9 @@ class _Store:
 
     def dtype_and_shape(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         """Returns what one row of a column is."""
-        array = self.folders[0].array(name)
-        return array.dtype.numpy_dtype, array.shape[1:]
+        arrays = [folder.array(name) for folder in self.folders]
+        # The spaces are the same, but one task's factor may be of another type than another's.
+        return np.result_type(*(array.dtype.numpy_dtype for array in arrays)), arrays[0].shape[1:]
 
     def nbytes(self, name: str) -> int:
         """Returns the size of a column in memory."""

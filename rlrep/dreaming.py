@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,11 @@ from rlrep.encoders import Encoder
 from rlrep.imagination import ConstantReward, DreamVecEnv, check_made_for, fit_reward, load_world_model
 from rlrep.latent import LatentVecEnv, check_learnt_on
 from rlrep.recorder import Recorder
+from rlrep.registry import nearest
 from rlrep.types import Episode, RlrepError
+
+BUDGET = 2**28
+"""Bytes of memory for what was recorded: it is read again each time, and other agents may learn beside this one."""
 
 
 def check_can_dream(algorithm: type[BaseAlgorithm]) -> None:
@@ -34,13 +40,44 @@ def check_can_dream(algorithm: type[BaseAlgorithm]) -> None:
     Raises:
         ValueError: It learns from a replay buffer, or remembers by itself.
     """
-    remembers = "MlpLstmPolicy" in algorithm.policy_aliases
-    if not issubclass(algorithm, OnPolicyAlgorithm) or remembers:
-        why = "has a memory of its own" if remembers else "learns from a replay buffer"
+    why = ""
+    if not issubclass(algorithm, OnPolicyAlgorithm):
+        why = "does not learn from rollouts"
+    elif "MlpLstmPolicy" in algorithm.policy_aliases:
+        why = "has a memory of its own"
+    elif algorithm.__name__ == "MaskablePPO":
+        why = "asks which actions are possible, which dreams do not say"
+    if why:
         raise ValueError(
             f"{algorithm.__name__} {why}, and cannot dream between rollouts: use PPO or A2C, or train it in a "
             "DreamVecEnv alone"
         )
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Checks settings of `Dreaming` by name and value: `{"ratio": 4, "horizon": 15}`.
+
+    Raises:
+        ValueError: There is no such setting, or it is out of range.
+    """
+    known = [name for name, p in inspect.signature(Dreaming).parameters.items() if isinstance(p.default, int | float)]
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(
+                f"dreaming has no setting {name!r}.{nearest(str(name), known)} They are: {', '.join(known)}"
+            )
+        whole = name != "ratio"
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise ValueError(f"{name} is a {'whole ' if whole else ''}number, not {value!r}")
+        if name == "ratio" and not value > 0:
+            raise ValueError(f"ratio={value}: an agent that dreams takes some dreamt steps for each real one")
+        if name in ("every", "horizon", "steps", "updates") and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+class _Nothing(BaseCallback):
+    def _on_step(self) -> bool:
+        return True
 
 
 class Dreaming(BaseCallback):
@@ -49,10 +86,11 @@ class Dreaming(BaseCallback):
     The agent observes the features of a frozen world model. What it does and earns is recorded; every so often a head
     that foretells reward is fitted to that anew, and the agent's policy takes some dreamt steps for each real one, from
     states that it has been in. `num_timesteps` counts the real ones only, which are all that need reward. Until two
-    different rewards have been seen there is nothing to dream of, and the agent learns as without this.
+    different rewards are among those it looks at, there is nothing to dream of, and the agent learns as without this.
 
         dreaming = Dreaming("doorkey/memory", "doorkey/lived")
         PPO("MlpPolicy", dreaming.wrap(venv)).learn(50_000, callback=dreaming)
+        dreaming.close()
 
     As in Dyna (Sutton 1991, doi:10.1145/122344.122377); dreams that begin anywhere in what was lived, and are short, as
     in Dreamer (Hafner et al. 2020, arXiv:1912.01603) and MBPO (Janner et al. 2019, arXiv:1906.08253).
@@ -63,7 +101,7 @@ class Dreaming(BaseCallback):
         ratio: Dreamt steps for each real one; rounded up to whole rollouts.
         every: Real steps from one time of dreaming to the next.
         horizon: Steps of a dream at most.
-        steps: Real steps that rewards are learnt from at most, of episodes drawn at random.
+        steps: Real steps that rewards are learnt from at most each time, of episodes drawn at random.
         updates: Gradient steps of the head, each time.
         seed: Of the head and the dreams.
         device: Where the world model computes, named as in SB3.
@@ -91,11 +129,7 @@ class Dreaming(BaseCallback):
         overwrite: bool = False,
     ) -> None:
         super().__init__()
-        for name, number in {"every": every, "horizon": horizon, "steps": steps, "updates": updates}.items():
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, not {number}")
-        if not ratio > 0:
-            raise ValueError(f"ratio={ratio}: an agent that dreams takes some dreamt steps for each real one")
+        check_options({"ratio": ratio, "every": every, "horizon": horizon, "steps": steps, "updates": updates})
         self.encoder, self.out = load_world_model(encoder), Path(out)
         self.ratio, self.every, self.horizon = ratio, every, horizon
         self.steps, self.updates, self.seed, self.device, self.overwrite = steps, updates, seed, device, overwrite
@@ -107,12 +141,17 @@ class Dreaming(BaseCallback):
     def wrap(self, venv: VecEnv) -> LatentVecEnv:
         """Returns the environments for the agent: recorded, and seen through the world model.
 
+        Called again, it closes what it recorded before, and adds to that.
+
         Raises:
             SpaceError: The world model was made for other observations or actions.
             DatasetError: `out` holds something else.
+            RunError: Somebody else is recording there.
         """
         check_made_for(self.encoder, venv)
+        self.close()
         self._writer = DatasetWriter(self.out, venv.observation_space, venv.action_space, overwrite=self.overwrite)
+        self.overwrite = False
         self._recorder = Recorder(venv, self)
         return LatentVecEnv(self._recorder, self.encoder, device=self.device)
 
@@ -125,6 +164,7 @@ class Dreaming(BaseCallback):
         if self._recorder is not None:
             self._recorder.finish()
             self._writer.close()
+            self._recorder, self._since = None, 0
 
     def _on_training_start(self) -> None:
         check_can_dream(type(self.model))
@@ -142,6 +182,9 @@ class Dreaming(BaseCallback):
                 "the agent's rewards are normalised, and those that it would dream of are not: leave VecNormalize away"
             )
 
+    def _on_training_end(self) -> None:
+        self._writer.flush()
+
     def _on_step(self) -> bool:
         return True
 
@@ -158,7 +201,7 @@ class Dreaming(BaseCallback):
         # A part is held out, to say how well rewards are foretold.
         if self._writer.n_episodes < 2:
             return
-        data = Dataset(self.out)
+        data = Dataset(self.out, budget=BUDGET)
         try:
             reward = fit_reward(
                 self.encoder,
@@ -183,8 +226,14 @@ class Dreaming(BaseCallback):
             device=self.device,
         )
         before = self.dreamt
-        dreamer = _twin(model, dream)
-        dreamer.learn(steps)
+        dreamer, nothing = _twin(model, dream), _Nothing()
+        dreamer.learn(steps, callback=nothing)
+        # Names the data and itself, and would keep them.
+        nothing.locals = {}
+        # What a rollout begins with, which SB3 has done before it calls.
+        model.policy.set_training_mode(False)
+        if model.use_sde:
+            model.policy.reset_noise(model.n_envs)
         self.dreamt += dreamer.num_timesteps
         self.logger.record("dream/steps", self.dreamt - before)
         self.logger.record("dream/reward_explained", reward.explained)

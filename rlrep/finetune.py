@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from rlrep import runs, spaces
 from rlrep.augment import Augment
-from rlrep.dreaming import Dreaming, check_can_dream
+from rlrep.dreaming import Dreaming, check_can_dream, check_options
 from rlrep.encoders import Encoder, RecurrentEncoder, load_belief, load_encoder, make_encoder
 from rlrep.encoders.recurrent import BELIEF
 from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, WARM
@@ -36,6 +37,8 @@ from rlrep.types import RunError
 from rlrep.warm import CriticFirst, Explorer, Start, check_explorer, load_explorer, warm_start
 
 SCORES, FAILURES = "scores.jsonl", "failures.jsonl"
+LIVED = "lived-"
+"""How the folders begin in which an arm that dreams keeps what it did; one that is killed leaves it to the next call."""
 
 Kind = Literal[
     "scratch",
@@ -56,11 +59,11 @@ DREAM = "dream"
 REMEMBERING = (BELIEF, DREAM)
 """The kinds of arm whose policies learn on the features of a recurrent encoder."""
 
+ON_FEATURES = ("frozen", "random-frozen", *REMEMBERING)
+"""Those whose environments show features, as they do for an explorer that saw an encoder's."""
+
 DEFAULT_ARMS = ("scratch", "random-frozen", "frozen", "finetune")
 """Those that need one encoder at most; `augment` is for pictures, `belief` for memories, others for an explorer."""
-
-DREAM_OPTIONS = ("ratio", "every", "horizon", "steps", "updates")
-"""Those of `Dreaming` that an arm may set."""
 
 SEED_STRIDE = 10_000
 """Apart from one another: the environment seeds of two runs, and of training and evaluation."""
@@ -129,12 +132,12 @@ class Arm:
             value = given.get(key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{key} of arm {given['name']!r} is a whole number of steps, and not {value!r}")
-        for key in given.get(DREAM, {}):
-            if key not in DREAM_OPTIONS:
-                raise ValueError(
-                    f"dream of arm {given['name']!r} has no setting {key!r}.{nearest(key, DREAM_OPTIONS)} "
-                    f"Its settings: {', '.join(DREAM_OPTIONS)}"
-                )
+        if not isinstance(dream := given.get(DREAM, {}), Mapping):
+            raise ValueError(f"dream of arm {given['name']!r} is a mapping, such as {{ratio: 4}}, and not {dream!r}")
+        try:
+            check_options(dream)
+        except ValueError as error:
+            raise ValueError(f"arm {given['name']!r}: {error}") from None
         return cls(**given)
 
     @property
@@ -236,9 +239,9 @@ def finetune(
         env: Environment spec.
         out: Run folder: `scores.jsonl` has a row an evaluation, `failures.jsonl` one a failed job, `tensorboard/` the
             same curves.
-        encoder: Pre-trained encoder, or its folder; `frozen` and `finetune` need one. `belief` needs the folder of a
-            run that trained a recurrent one too, or that recurrent encoder, whose encoder of single observations then
-            serves the other arms.
+        encoder: Pre-trained encoder, or its folder; `frozen` and `finetune` need one. `belief` and `dream` need the
+            folder of a run that trained a recurrent one too, or that recurrent encoder, whose encoder of single
+            observations then serves the other arms.
         explorer: Folder of a dataset that a bonus collected, or the zip of a policy, which is trusted; `warm-actor`,
             `warm-logits` and `explorer` need one. One that saw an encoder's features needs that encoder too.
         arms: Names or mappings, see `Arm`.
@@ -265,7 +268,7 @@ def finetune(
         SpaceError: The encoder or the explorer was made for other observations, or the explorer for other actions.
         RlrepError: The explorer's policy is not one that others can start from.
         RunError: `out` is taken by something else, there is no explorer's policy, or every job failed.
-        SpecError: The encoder of `belief` has no memory.
+        SpecError: The encoder of `belief` has no memory, or that of `dream` cannot dream.
         ClusterError: The Ray cluster cannot be reached.
         ValueError: Unknown arm, algorithm or setting, a number out of range, an arm without the encoder or the
             explorer that it needs, or `augment` without pictures.
@@ -354,6 +357,8 @@ def finetune(
             {
                 **record,
                 "device": device,
+                # Jobs on a cluster may run where this folder is not.
+                "scratch": None if ray else run.path,
                 "arm": arm,
                 "seed": seed,
                 "encoder": encoder_of(arm),
@@ -369,6 +374,8 @@ def finetune(
 def _run_all(run: runs.RunFolder, jobs: list[dict[str, Any]], n_workers: int | None, ray: str | None) -> None:
     """Runs the jobs that have not reached their last step, and marks the run finished if all have."""
     scores, failures = run.path / SCORES, run.path / FAILURES
+    for left in run.path.glob(f"{LIVED}*"):
+        shutil.rmtree(left)
     # A job that was cut short starts again, so what it had scored goes.
     finished = {_key(row): row["steps"] for row in runs.read_jsonl(scores) if row["last"]}
     if scores.exists():
@@ -419,7 +426,7 @@ def _run_job(job: Mapping[str, Any], send: Send) -> None:
         callbacks: list[BaseCallback] = [CriticFirst(arm.critic_steps)] if arm.kind in WARM else arm.callbacks()
         dreaming = None
         if arm.kind == DREAM:
-            lived = stack.enter_context(tempfile.TemporaryDirectory())
+            lived = stack.enter_context(tempfile.TemporaryDirectory(prefix=LIVED, dir=job["scratch"]))
             dreaming = Dreaming(job["encoder"], lived, seed=job["seed"], device=job["device"], **arm.dream)
             stack.callback(dreaming.close)
             callbacks = [dreaming]
@@ -448,33 +455,22 @@ def _build(
         encoder = make_encoder({"name": encoder.name, **encoder.config["options"]}, encoder.observation_space)
     settings = {**job["settings"], **arm.settings}
     extra = settings.pop("policy_kwargs", {})
-    if arm.explored:
-        explorer: Explorer = job["explorer"]
-        if explorer.features is not None:
-            env, evaluation = (LatentVecEnv(each, encoder, device=job["device"]) for each in (env, evaluation))
-        if arm.kind == EXPLORER:
-            env.close()
-            model = explorer.load(job["device"])
-            model.set_random_seed(job["seed"])
-            return model, evaluation
-        start = cast(Start, arm.kind)
-        model = warm_start(
-            start,
-            explorer,
-            name,
-            env,
-            policy_kwargs=extra,
-            seed=job["seed"],
-            device=job["device"],
-            settings=settings,
-        )
-        return model, evaluation
-    device = job["device"]
-    if arm.kind in ("frozen", "random-frozen", *REMEMBERING):
+    device, explorer = job["device"], cast(Explorer, job["explorer"])
+    on_features = explorer.features is not None if arm.explored else arm.kind in ON_FEATURES
+    if on_features:
         evaluation = LatentVecEnv(evaluation, encoder, device=device)
         env = dreaming.wrap(env) if dreaming else LatentVecEnv(env, encoder, device=device)
         device = "cpu" if device == "auto" else device
-    else:
+    if arm.kind == EXPLORER:
+        env.close()
+        model = explorer.load(device)
+        model.set_random_seed(job["seed"])
+        return model, evaluation
+    if arm.explored:
+        start = cast(Start, arm.kind)
+        options = {"policy_kwargs": extra, "seed": job["seed"], "device": device, "settings": settings}
+        return warm_start(start, explorer, name, env, **options), evaluation
+    if not on_features:
         mode: Literal["finetune", "scratch"] = "finetune" if arm.pretrained else "scratch"
         shift = arm.shift if arm.kind == "augment" else 0
         extra = policy_kwargs(encoder, name, mode=mode, shift=shift, **arm.transfer, **extra)

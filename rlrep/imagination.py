@@ -41,7 +41,7 @@ def load_world_model(encoder: str | Path | Encoder) -> WorldModel:
 
     Raises:
         RunError: There is no encoder there.
-        SpecError: It has no memory, or cannot go on without observations.
+        SpecError: It has no memory, cannot go on without observations, or was trained without a decoder.
     """
     found = load_belief(encoder)
     if not isinstance(found, WorldModel):
@@ -49,6 +49,8 @@ def load_world_model(encoder: str | Path | Encoder) -> WorldModel:
             f"encoder {found.name!r} remembers but cannot dream, since it is no world model: pre-train one, with the "
             "objective 'rssm' or 'gru'"
         )
+    if not found.dreams:
+        raise SpecError(f"encoder {found.name!r} cannot dream: it was trained with decoder=false")
     return found
 
 
@@ -114,7 +116,6 @@ def fit_reward(
     Raises:
         RunError: There is no encoder there.
         SpecError: It cannot dream.
-        RlrepError: It was trained without a decoder.
         SpaceError: It was made for other observations or actions.
         DatasetError: The reward is always the same (`ConstantReward`), or there is only one episode.
     """

@@ -45,13 +45,7 @@ def merge(paths: Sequence[str | Path], out: str | Path, overwrite: bool = False)
         DatasetError: They differ in spaces, environment spec or factors; or `out` holds something.
     """
     source = Dataset(*paths, budget=BLOCK_BYTES)
-    parts = [Dataset(path, budget=BLOCK_BYTES) for path in paths]
-    if len(source.env_specs) > 1 or any(part.factor_names != source.factor_names for part in parts):
-        raise DatasetError(
-            f"a folder holds the episodes of one task, and these are of {', '.join(map(str, source.env_specs))}"
-            f"{'' if len(source.env_specs) > 1 else ' with other factors each'}: several folders can be read as one "
-            "without merging them"
-        )
+    _check_one_task(source)
     if Path(out).resolve() in [path.resolve() for path in source.paths if isinstance(path, Path)]:
         raise DatasetError(f"{out} is one of the datasets to merge; choose another folder")
     return _write(
@@ -81,10 +75,12 @@ def export(
         Where it was written.
 
     Raises:
-        DatasetError: Something is there already, or the id is not one that Minari allows.
+        DatasetError: Something is there already, the id is not one that Minari allows, or the dataset is of several
+            tasks.
         ImportError: Minari is not installed.
     """
     dataset = dataset.stacked(1)
+    _check_one_task(dataset)
     match format:
         case "minari":
             return _export_minari(dataset, out, overwrite)
@@ -149,6 +145,21 @@ def _write(
         shutil.rmtree(out, ignore_errors=True)
         raise
     return Dataset(out)
+
+
+def _check_one_task(dataset: Dataset) -> None:
+    """Checks that the folders of a dataset are of one task, whose spec and factors one folder or file can hold."""
+    if len(dataset.env_specs) > 1:
+        which = ", ".join(map(str, dataset.env_specs))
+        raise DatasetError(
+            f"a folder or file holds the episodes of one task, and these are of {which}: take them apart; several folders "
+            "can be read as one where they are"
+        )
+    if any(Dataset(path, budget=BLOCK_BYTES).factor_names != dataset.factor_names for path in dataset.paths):
+        raise DatasetError(
+            "a folder or file holds episodes with the same factors, and some of these have others: take them apart; "
+            "several folders can be read as one where they are"
+        )
 
 
 def _blocks(dataset: Dataset) -> Iterator[list[tuple[int, Episode]]]:

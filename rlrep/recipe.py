@@ -28,7 +28,7 @@ from rlrep.evaluate.report import check_free, report
 from rlrep.evaluate.summary import Summary
 from rlrep.explore import Actor, explorers
 from rlrep.fanout import JobFailure, Send, map_jobs
-from rlrep.finetune import finetune, parse_arms
+from rlrep.finetune import REMEMBERING, finetune, parse_arms
 from rlrep.objectives import Objective, objectives
 from rlrep.pretrain import pretrain, split
 from rlrep.registry import split_spec
@@ -109,9 +109,10 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
     check_free(out)
     # A wrong arm would else be found after hours of collecting and pre-training.
     arms = parse_arms(recipe.finetune.arms, recipe.finetune.algorithm, recipe.finetune.settings or {})
-    if any(arm.kind == BELIEF for arm in arms) and not _trains_a_memory(recipe.pretrain.objectives):
+    remembering = [arm.name for arm in arms if arm.kind in REMEMBERING]
+    if remembering and not _trains_a_memory(recipe.pretrain.objectives):
         raise SettingsError(
-            f"arm {BELIEF!r} needs an encoder with a memory, and {recipe.pretrain.objectives} train none: add 'gru' or "
+            f"arm {remembering[0]!r} needs an encoder with a memory, and {recipe.pretrain.objectives} train none: add 'gru' or "
             "'rssm' to the objectives, or leave the arm out"
         )
     warm = [arm.name for arm in arms if arm.explored]

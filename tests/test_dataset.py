@@ -399,7 +399,9 @@ def test_folders_of_several_tasks_are_read_as_one(tmp_path: Path) -> None:
     for name, spec, factors in (("a", "A-v0", ["agent", "door"]), ("b", "B-v0", ["agent", "box"])):
         with DatasetWriter(tmp_path / name, COUNTED, FIVE, env_spec=spec, factor_names=factors) as writer:
             for episode in counted([4, 2]):
-                values = {factor: rng.integers(5, size=len(episode.obs)) for factor in factors}
+                # One task counts, the other measures.
+                unit = 1 if name == "a" else 0.25
+                values = {factor: unit * rng.integers(5, size=len(episode.obs)) for factor in factors}
                 writer.add(dataclasses.replace(episode, factors=values))
     both = Dataset(tmp_path / "a", tmp_path / "b", tmp_path / "a")
     assert (both.env_spec, both.env_specs) == (None, ["A-v0", "B-v0"])

@@ -68,6 +68,7 @@ class Log(BaseCallback):
 
     def _on_step(self) -> bool:
         self.seen.append(self.locals["new_obs"].copy())
+        assert not self.model.policy.training, "real steps are taken as SB3 takes them"
         return True
 
     def _on_rollout_end(self) -> None:
@@ -102,6 +103,16 @@ def test_the_same_seed_dreams_the_same_and_learns_the_same(tmp_path: Path) -> No
     assert torch.equal(*weights)
 
 
+def test_what_was_done_is_on_disk_after_each_call_and_goes_on_in_other_environments(tmp_path: Path) -> None:
+    dreaming = Dreaming(MODEL, tmp_path / "data", **OPTIONS)
+    agent(PPO, dreaming, batch_size=32).learn(128, callback=dreaming)
+    ended = Dataset(tmp_path / "data").n_transitions
+    assert 64 < ended <= 128, "all but the episodes that are running"
+    agent(PPO, dreaming, batch_size=32).learn(64, callback=dreaming)
+    dreaming.close()
+    assert Dataset(tmp_path / "data").n_transitions == 192
+
+
 def test_where_nothing_is_paid_it_learns_as_without_dreams(tmp_path: Path) -> None:
     class Unpaid(Corridor):
         def step(self, action: np.int64) -> Any:
@@ -121,6 +132,8 @@ def test_what_cannot_dream_is_refused(tmp_path: Path) -> None:
         Dreaming(MODEL, tmp_path / "data", ratio=0)
     with pytest.raises(ValueError, match="every must be at least 1"):
         Dreaming(MODEL, tmp_path / "data", every=0)
+    with pytest.raises(ValueError, match=r"horizon is a whole number, not 2\.5"):
+        Dreaming(MODEL, tmp_path / "data", horizon=2.5)  # type: ignore[arg-type]
     dreaming = Dreaming(MODEL, tmp_path / "data", device="cpu")
     with pytest.raises(SpaceError, match="made for observations"):
         dreaming.wrap(venv_of(Recall))
@@ -132,7 +145,7 @@ def test_what_cannot_dream_is_refused(tmp_path: Path) -> None:
     model = PPO("MlpPolicy", VecNormalize(env, norm_obs=False), n_steps=16, batch_size=16, device="cpu")
     with pytest.raises(RlrepError, match="rewards are normalised"):
         model.learn(16, callback=dreaming)
-    with pytest.raises(ValueError, match="DQN learns from a replay buffer"):
+    with pytest.raises(ValueError, match="DQN does not learn from rollouts"):
         DQN("MlpPolicy", env, device="cpu", buffer_size=100).learn(16, callback=dreaming)
     with pytest.raises(ValueError, match="RecurrentPPO has a memory of its own"):
         RecurrentPPO("MlpLstmPolicy", env, n_steps=16, batch_size=16, device="cpu").learn(16, callback=dreaming)
@@ -151,13 +164,17 @@ def test_an_arm_that_dreams(tmp_path: Path) -> None:
     for arm, message in (
         ({"name": "dream", "dream": {"horizn": 3}}, "no setting 'horizn'. Did you mean 'horizon'"),
         ({"name": "belief", "dream": {"ratio": 1}}, "which arms of kind 'dream' do"),
-        ({"name": "dream", "algorithm": "dqn"}, "learns from a replay buffer"),
+        ({"name": "dream", "dream": {"ratio": "4"}}, "arm 'dream': ratio is a number, not '4'"),
+        ({"name": "dream", "dream": 4}, "is a mapping"),
+        ({"name": "dream", "algorithm": "dqn"}, "does not learn from rollouts"),
+        ({"name": "dream", "algorithm": "maskableppo"}, "asks which actions are possible"),
     ):
         with pytest.raises(ValueError, match=message):
             finetune(spec, encoder=tmp_path / "run", out=tmp_path / "bad", arms=[arm], **options)
     out = finetune(
         spec, encoder=tmp_path / "run", out=tmp_path / "out", arms=["belief", dream], settings=settings, **options
     )
+    assert not list(out.glob("lived-*")), "what it recorded was left behind"
     rows = runs.read_jsonl(out / "scores.jsonl")
     assert {(row["arm"], row["steps"]) for row in rows} == {(a, s) for a in ("belief", "dream") for s in (128, 256)}
     assert not runs.read_jsonl(out / "failures.jsonl")

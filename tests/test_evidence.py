@@ -29,7 +29,7 @@ def test_objectives_are_compared(tmp_path: Path) -> None:
     plan = {
         "tasks": {TINY: 128},
         "collect": {"explorer": "random", "steps": 300},
-        "pretrain": {"updates": 4, "batch_size": 8},
+        "pretrain": {"encoder": "mlp:features_dim=8", "updates": 4, "batch_size": 8},
         "pretrain_seeds": [0, 1],
         "finetune": {"seeds": [0, 1], "n_envs": 4, "settings": PPO, "eval_every": 64, "eval_episodes": 2},
         "arms": {

@@ -145,6 +145,9 @@ class WorldModel(RecurrentEncoder):
     Everything random is drawn from torch's generator.
     """
 
+    dreams = True
+    """Whether it can; one that was trained without what `imagine` needs cannot."""
+
     def imagine(self, state: State, action: Tensor) -> State:
         """Returns a state that may follow `state` and a raw action (N, *action_shape), seeing nothing.
 

@@ -130,7 +130,7 @@ def dream(
     spaces.check_same(dataset.action_space, model.action_space, "this world model was made for actions")
     model = copy.deepcopy(model).to(get_device(device)).eval()
     start, length, first = _choose(dataset, segments, context, horizon, np.random.default_rng(seed))
-    draw = pictures(model.observation_space, dataset.env_spec)
+    draw = pictures(model.observation_space, dataset.env_specs)
     sums = np.zeros((4, horizon))
     drawn: list[tuple[np.ndarray, np.ndarray]] = []
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
@@ -267,7 +267,7 @@ def difference(space: Space, one: Tree, other: Tree) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
-def pictures(space: Space, env_spec: Any = None) -> Callable[[Tree], np.ndarray]:
+def pictures(space: Space, env_specs: Sequence[Any] = ()) -> Callable[[Tree], np.ndarray]:
     """Returns what draws observations (T, *obs_shape) as pictures (T, height, width, 3) uint8.
 
     Of a frame stack the newest frame is drawn, of a Dict its `image` or first picture or board; MiniGrid's views by its
@@ -275,7 +275,7 @@ def pictures(space: Space, env_spec: Any = None) -> Callable[[Tree], np.ndarray]
 
     Args:
         space: Of one observation.
-        env_spec: What made the environment, as a dataset has it.
+        env_specs: What made the environments, as a dataset has it.
     """
     leaves = spaces.leaves(space)
     shown = [path for path, leaf in leaves.items() if spaces.kind(leaf) in ("picture", "grid")]
@@ -286,7 +286,8 @@ def pictures(space: Space, env_spec: Any = None) -> Callable[[Tree], np.ndarray]
         last = spaces.channels_last(cast(gym_spaces.Box, leaf))
         return lambda obs: _frames(_leaf(obs, path) if last else np.moveaxis(_leaf(obs, path), -3, -1))
     if kind == "grid":
-        minigrid = env_spec is not None and EnvSpec.parse(env_spec).id.startswith(("MiniGrid", "BabyAI"))
+        ids = [EnvSpec.parse(spec).id for spec in env_specs if spec is not None]
+        minigrid = bool(ids) and all(each.startswith(("MiniGrid", "BabyAI")) for each in ids)
         return lambda obs: _board(_leaf(obs, path)[..., -spaces.SYMBOLS :], minigrid)
     return lambda obs: _greys(_leaf(obs, path), leaf)
 

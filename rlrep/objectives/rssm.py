@@ -62,6 +62,7 @@ class RSSM(WorldModel):
         self.context = _layer(deter + codes, hidden)
         self.ends = nn.Linear(hidden, 1)
         self.reconstruct = Reconstruction(observation_space, hidden, rarity, decoder_width) if decoder else None
+        self.dreams = decoder
 
     def initial(self, n: int) -> State:
         """Returns zeros, and no code."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,8 @@ class Work:
             ]
         )
         areas = self.areas()
+        if len(areas) < len(tuning.arms) * len(tuning.candidates):
+            sys.exit("some runs of the tuning failed, see above; the same command tries them again")
         best = {arm: max(tuning.candidates, key=lambda name, arm=arm: areas[arm, name]) for arm in tuning.arms}
         settings = {
             arm: tuning.candidates[best[arm if arm in tuning.arms else tuning.arms[0]]] for arm in policies.arms

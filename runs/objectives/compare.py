@@ -84,7 +84,8 @@ def run_cell(job: Mapping[str, Any], send: Send) -> Cell:
     options = dict(plan.arms[cell["arm"]])
     objectives, mixed = options.pop("objectives", None), options.pop("data", "own") == "all"
     folder = out / folder_name(task) / folder_name(cell["arm"]) / "-".join(map(str, seeds))
-    encoder = None
+    # Baselines have an encoder of the same shape, and nothing else of it.
+    encoder = rlrep.make_encoder(plan.pretrain["encoder"], rlrep.Dataset(data_folder(out, task)).observation_space)
     if objectives is not None:
         data = [data_folder(out, each) for each in (plan.tasks if mixed else [task])]
         settings = {**plan.pretrain, "objectives": objectives, "seed": cell["pretrain_seed"]}
@@ -163,12 +164,17 @@ def predictors(done: Sequence[Cell], threshold: float) -> dict[str, float]:
     return {name: float(np.nanmean(each)) for name, each in found.items() if np.isfinite(each).any()}
 
 
+def slowness(scores: np.ndarray) -> tuple[float, float]:
+    """Orders arms, the quickest first: by what the table says, and where that is infinite by the budget they used."""
+    return float(iqm(scores)), float(np.nanmean(np.minimum(scores, 1.0)))
+
+
 def best_baselines(plan: Plan, done: Sequence[Cell], threshold: float) -> dict[str, str]:
     """Returns the quickest baseline of each task: picked by the runs it is compared by, which favours it."""
     found = {}
     for task in plan.tasks:
         steps = {
-            arm: float(np.mean(np.minimum(shares(done, arm, task, threshold), 1.5)))
+            arm: slowness(np.array(shares(done, arm, task, threshold)))
             for arm, options in plan.arms.items()
             if options.get("kind", arm) in ("scratch", "augment") and shares(done, arm, task, threshold)
         }
@@ -186,13 +192,14 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         "",
         f"{len(done)} of {total} cells. Rewarded steps to a return of {threshold:g}, as shares of each task's budget; "
         "interquartile mean over all runs; `>1`: not reached. Speed-up: against the best baseline of each task, "
-        "picked after the fact by these very runs, with its 95 % interval, on tasks that both have. Before all "
+        "picked after the fact by these very runs, with its 95 % interval; of a baseline, on the tasks where another is "
+        "the best. Intervals take all runs of an arm for independent, though several share an encoder. Before all "
         f"runs of a pre-trained arm: {plan.collect['steps']:,} steps without reward.",
         "",
         "| arm | runs | solved | steps | speed-up | effective rank | mean probe | pre-training, s | PPO, s a run |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    order: list[tuple[float, str]] = []
+    order: list[tuple[tuple[float, float], str]] = []
     rows: dict[str, str] = {}
     for arm in plan.arms:
         mine = [cell for cell in done if cell["arm"] == arm]
@@ -224,8 +231,7 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
             mean([cell["pretrain_seconds"] for cell in trained], 0),
             mean([cell["rl_seconds"] for cell in mine], 0),
         ]
-        # Arms that too few runs of solved are told apart by the share of the budget they have used.
-        order.append((steps if math.isfinite(steps) else 1 + float(np.nanmean(np.minimum(scores, 1.0))), arm))
+        order.append((slowness(scores), arm))
         rows[arm] = "| " + " | ".join(row) + " |"
     ranked = [arm for _, arm in sorted(order)]
     lines += [rows[arm] for arm in ranked]
@@ -269,16 +275,22 @@ def main(
     """
     plan = load_yaml(Plan, plan_file)
     wanted = list(cells(plan))
+    keys = {key(cell) for cell in wanted}
+
+    def write() -> str:
+        done = [row for row in runs.read_jsonl(results / CELLS) if key(row) in keys]
+        text = report(plan, done, len(wanted))
+        runs.write_atomically(results / "report.md", lambda path: path.write_text(text))
+        return text
+
     with runs.lock(out):
-        if len(runs.read_jsonl(results / CELLS)) < len(wanted):
+        if keys - {key(row) for row in runs.read_jsonl(results / CELLS)}:
             for task in plan.tasks:
                 rlrep.collect(task, out=data_folder(out, task), **plan.collect)
         jobs = [{**cell, "plan": plan, "out": out} for cell in wanted]
         for _ in map_missing(run_cell, jobs, key, results / CELLS, n_workers):
-            pass
-        text = report(plan, runs.read_jsonl(results / CELLS), len(wanted))
-        runs.write_atomically(results / "report.md", lambda path: path.write_text(text))
-    print(text)
+            write()
+        print(write())
 
 
 if __name__ == "__main__":

@@ -113,7 +113,9 @@ def test_minigrid_is_drawn_by_its_tiles(tmp_path: Path) -> None:
     assert np.array_equal(truth[:4], dreamt[:4])
     assert all(np.array_equal(frame, truth[3]) for frame in dreamt[4:])
     obs = data.column("obs", np.arange(5))
-    assert np.array_equal(pictures(data.observation_space, data.env_spec)(obs), render_symbols(obs))
+    for specs in (data.env_specs, [spec, "BabyAI-GoToObj-v0"]):
+        assert np.array_equal(pictures(data.observation_space, specs)(obs), render_symbols(obs))
+    assert not np.array_equal(pictures(data.observation_space, [spec, "Other-v0"])(obs)[0], render_symbols(obs)[0])
 
 
 @pytest.mark.parametrize(

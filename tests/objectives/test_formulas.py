@@ -15,11 +15,13 @@ from torch import Tensor
 
 from rlrep import losses
 from rlrep.encoders import Encoder, make_encoder
+from rlrep.imagination import load_world_model
 from rlrep.objectives import Objective, make_objective, objectives
 from rlrep.objectives.autoencoder import SYMBOLS, Rarity
 from rlrep.objectives.mae import Masking
 from rlrep.objectives.memory import Times, draw_times, unroll
 from rlrep.objectives.vq import Codebook
+from rlrep.registry import SpecError
 from rlrep.types import Batch, RlrepError, SpaceError, Tree, tree_leaves, tree_map
 
 VECTOR = spaces.Box(-np.inf, np.inf, (4,), np.float32)
@@ -762,6 +764,8 @@ def test_rssm_without_a_decoder_holds_its_state_to_the_embedding(batch: Batch) -
     loss.backward()
     with pytest.raises(RlrepError, match="decoder=false"):
         objective.belief.decode(torch.zeros(1, objective.belief.features_dim))
+    with pytest.raises(SpecError, match="cannot dream: it was trained with decoder=false"):
+        load_world_model(objective.belief)
     last = tree_map(lambda x: x[:, -1], states)
     with pytest.raises(RlrepError, match="nor dream"):
         objective.belief.imagine(last, batch.action[:, 0])
