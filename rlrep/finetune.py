@@ -38,7 +38,7 @@ from rlrep.warm import CriticFirst, Explorer, Start, check_explorer, load_explor
 
 SCORES, FAILURES = "scores.jsonl", "failures.jsonl"
 LIVED = "lived-"
-"""How the folders begin in which an arm that dreams keeps what it did; one that is killed leaves it to the next call."""
+"""How the folders begin in which an arm that dreams keeps what it did; one that was killed leaves it there."""
 
 Kind = Literal[
     "scratch",
@@ -132,7 +132,8 @@ class Arm:
             value = given.get(key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{key} of arm {given['name']!r} is a whole number of steps, and not {value!r}")
-        if not isinstance(dream := given.get(DREAM, {}), Mapping):
+        dream: Any = given.get(DREAM, {})
+        if not isinstance(dream, Mapping):
             raise ValueError(f"dream of arm {given['name']!r} is a mapping, such as {{ratio: 4}}, and not {dream!r}")
         try:
             check_options(dream)

@@ -152,8 +152,8 @@ def _check_one_task(dataset: Dataset) -> None:
     if len(dataset.env_specs) > 1:
         which = ", ".join(map(str, dataset.env_specs))
         raise DatasetError(
-            f"a folder or file holds the episodes of one task, and these are of {which}: take them apart; several folders "
-            "can be read as one where they are"
+            f"a folder or file holds the episodes of one task, and these are of {which}: take them apart; several "
+            "folders can be read as one where they are"
         )
     if any(Dataset(path, budget=BLOCK_BYTES).factor_names != dataset.factor_names for path in dataset.paths):
         raise DatasetError(

@@ -112,8 +112,8 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
     remembering = [arm.name for arm in arms if arm.kind in REMEMBERING]
     if remembering and not _trains_a_memory(recipe.pretrain.objectives):
         raise SettingsError(
-            f"arm {remembering[0]!r} needs an encoder with a memory, and {recipe.pretrain.objectives} train none: add 'gru' or "
-            "'rssm' to the objectives, or leave the arm out"
+            f"arm {remembering[0]!r} needs an encoder with a memory, and {recipe.pretrain.objectives} train none: add "
+            "'gru' or 'rssm' to the objectives, or leave the arm out"
         )
     warm = [arm.name for arm in arms if arm.explored]
     if warm and data is None and _learns_nothing(recipe.collect.explorer):
