@@ -165,6 +165,7 @@ def test_an_arm_that_dreams(tmp_path: Path) -> None:
         ({"name": "dream", "dream": {"horizn": 3}}, "no setting 'horizn'. Did you mean 'horizon'"),
         ({"name": "belief", "dream": {"ratio": 1}}, "which arms of kind 'dream' do"),
         ({"name": "dream", "dream": {"ratio": "4"}}, "arm 'dream': ratio is a number, not '4'"),
+        ({"name": "dream", "dream": {"seed": 4}}, "no setting 'seed'"),
         ({"name": "dream", "dream": 4}, "is a mapping"),
         ({"name": "dream", "algorithm": "dqn"}, "does not learn from rollouts"),
         ({"name": "dream", "algorithm": "maskableppo"}, "asks which actions are possible"),
