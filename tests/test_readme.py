@@ -135,6 +135,21 @@ def test_explorers_are_what_was_measured() -> None:
         assert set(re.findall(r"`([^`]+)`", rest)) == multiples.keys() - said.keys(), name
 
 
+def test_memories_are_what_was_measured() -> None:
+    found = [row for row in runs.read_jsonl(ROOT / "runs/memory/results/policies.jsonl") if row["tried"] is None]
+    for task, belief, *others in rows_of("Tasks that ask for a memory"):
+        curves = {
+            arm: [row["curve"] for row in found if row["arm"] == arm and row["task"] == f"MiniGrid-{task}-v0"]
+            for arm in ("belief", "RecurrentPPO", "frozen")
+        }
+        assert {len(each) for each in curves.values()} == {5}
+        steps = sorted(next(at for at, reached in curve if reached >= 0.9) for curve in curves["belief"])
+        assert belief == f"5/5; {', '.join(f'{each:,}' for each in steps)}"
+        for arm, said in zip(("RecurrentPPO", "frozen"), others, strict=True):
+            assert max(reached for curve in curves[arm] for _, reached in curve) < 0.9
+            assert said == f"0/5, {np.mean([curve[-1][1] for curve in curves[arm]]):.2f}"
+
+
 def test_warm_starts_are_what_was_measured() -> None:
     found = runs.read_jsonl(ROOT / "runs/explore/results/warm.jsonl")
     for task, _, scratch, explorer, warm in rows_of("Tasks that nobody stumbles on"):
