@@ -38,7 +38,7 @@ def check_can_dream(algorithm: type[BaseAlgorithm]) -> None:
     """Checks that an algorithm can learn in dreams between its rollouts.
 
     Raises:
-        ValueError: It learns from a replay buffer, or remembers by itself.
+        ValueError: It does not learn from rollouts, remembers by itself, or asks which actions are possible.
     """
     why = ""
     if not issubclass(algorithm, OnPolicyAlgorithm):

@@ -17,10 +17,12 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
 from rlrep import runs
+from rlrep.collect import collect
 from rlrep.dataset import Dataset
 from rlrep.dreaming import Dreaming
 from rlrep.finetune import finetune
 from rlrep.latent import LatentVecEnv
+from rlrep.pretrain import pretrain
 from rlrep.registry import SpecError
 from rlrep.types import RlrepError, SpaceError
 
@@ -154,8 +156,6 @@ def test_what_cannot_dream_is_refused(tmp_path: Path) -> None:
 def test_an_arm_that_dreams(tmp_path: Path) -> None:
     """Beside one that does not: the same rewarded steps, and its settings are checked before anything is trained."""
     spec = "rlrep/TinyGrid-v0:size=4"
-    from rlrep import collect, pretrain
-
     data = collect(spec, out=tmp_path / "data", steps=400, n_envs=4)
     pretrain(data, objectives=["gru:width=8,decoder_width=4"], updates=4, batch_size=4, out=tmp_path / "run")
     dream = {"name": "dream", "dream": {"ratio": 1, "every": 64, "updates": 5, "horizon": 4}}

@@ -31,14 +31,20 @@ def test_objectives_are_compared(tmp_path: Path) -> None:
         "collect": {"explorer": "random", "steps": 300},
         "pretrain": {"encoder": "mlp:features_dim=8", "updates": 4, "batch_size": 8},
         "pretrain_seeds": [0, 1],
-        "finetune": {"seeds": [0, 1], "n_envs": 4, "settings": PPO, "eval_every": 64, "eval_episodes": 2},
+        "finetune": {
+            "seeds": [0, 1],
+            "n_envs": 4,
+            "settings": PPO,
+            "threshold": 0.8,
+            "eval_every": 64,
+            "eval_episodes": 2,
+        },
         "arms": {
             "scratch": {},
             "inverse": {"objectives": ["inverse"]},
             "inverse, all tasks": {"objectives": ["inverse"], "data": "all"},
         },
     }
-    plan["finetune"] |= {"threshold": 0.8}  # type: ignore[operator]
     text = script("objectives/compare.py", plan, tmp_path)
     cells = runs.read_jsonl(tmp_path / "results" / "cells.jsonl")
     # A baseline has a cell a seed; encoders share the seeds out.

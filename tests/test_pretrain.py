@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,10 +29,10 @@ SPACE = spaces.Box(0, 255, (5, 5, 3), np.uint8)
 ACTIONS = spaces.Discrete(4)
 
 
-def write(path: Path, n_episodes: int = 12, length: int = 9, reward: float = 0.0) -> Path:
+def write(path: Path, n_episodes: int = 12, length: int = 9, reward: float = 0.0, **options: Any) -> Path:
     """Writes episodes of boards whose cells all hold a number, to which each action adds itself, modulo 4."""
     rng = np.random.default_rng(0)
-    with DatasetWriter(path, SPACE, ACTIONS) as writer:
+    with DatasetWriter(path, SPACE, ACTIONS, **options) as writer:
         for _ in range(n_episodes):
             action = rng.integers(0, 4, length)
             state = np.cumsum([rng.integers(0, 4), *action]) % 4
@@ -63,6 +64,14 @@ def test_writes_an_encoder_with_where_it_came_from(data: Path, tmp_path: Path) -
     assert {"loss", "held_out_loss", "effective_rank", "feature_std", "feature_norm", "dead_units"} <= set(rows[0])
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     assert not (tmp_path / "run" / CHECKPOINT).exists()
+
+
+def test_one_encoder_for_several_tasks_says_of_which(tmp_path: Path) -> None:
+    paths = [write(tmp_path / name, env_spec=f"{name}-v0") for name in ("A", "B")]
+    encoder = pretrain(paths, out=tmp_path / "run", **{**SMALL, "updates": 2})
+    assert encoder.provenance["env_spec"] == ["A-v0", "B-v0"]
+    assert encoder.provenance["reward_free_steps"] == 2 * 12 * 9
+    assert load_encoder(tmp_path / "run").provenance["env_spec"] == ["A-v0", "B-v0"]
 
 
 def test_a_world_model_is_saved_beside_the_encoder_it_shapes(data: Path, tmp_path: Path) -> None:
@@ -248,6 +257,7 @@ PICTURE = spaces.Box(0, 255, (64, 64, 3), np.uint8)
 PEAK = """
 import sys
 from pathlib import Path
+from typing import Any
 import torch
 from rlrep.pretrain import pretrain
 

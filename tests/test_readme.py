@@ -149,6 +149,35 @@ def test_memories_are_what_was_measured() -> None:
             assert max(reached for curve in curves[arm] for _, reached in curve) < 0.9
             assert said == f"0/5, {np.mean([curve[-1][1] for curve in curves[arm]]):.2f}"
 
+    probed = runs.read_jsonl(ROOT / "runs/memory/results/probe.jsonl")
+    model = [row for row in probed if row["arm"].startswith("gru, 4000") and "S1" in row["task"]]
+    accuracy = {
+        task: np.mean([r["accuracy"] for row in model if task in row["task"] for r in row["rows"] if r["age"] == "all"])
+        for task in ("S11", "S13")
+    }
+    assert f"with accuracy {accuracy['S11']:.2f} and {accuracy['S13']:.2f} (two seeds)" in README
+
+
+def solved(scores: str, kind: str) -> tuple[int, int]:
+    """How many runs of arms whose names begin so reached 0.8, and how many there are."""
+    best: dict[tuple[str, int], float] = {}
+    for row in runs.read_jsonl(ROOT / "runs" / scores):
+        if row["arm"].startswith(kind):
+            key = row["arm"], row["seed"]
+            best[key] = max(best.get(key, 0.0), row["return"])
+    return sum(each >= 0.8 for each in best.values()), len(best)
+
+
+def test_doorkey_is_what_was_measured() -> None:
+    text = " ".join(README.split())
+    scores = "doorkey-6x6/results/scores.jsonl"
+    (frozen, of), (scratch, of_scratch) = solved(scores, "frozen"), solved(scores, "scratch")
+    assert f"frozen features solved {frozen} of {of} runs and scratch {scratch} of {of_scratch}" in text
+    scores = "doorkey-6x6/chosen/results/scores.jsonl"
+    for kind, words in (("frozen", "on frozen features"), ("finetune", "fine-tuned"), ("scratch", "from scratch")):
+        assert "{} of {} {}".format(*solved(scores, kind), words) in text
+    assert solved(scores, "random-frozen")[0] == 0
+
 
 def test_warm_starts_are_what_was_measured() -> None:
     found = runs.read_jsonl(ROOT / "runs/explore/results/warm.jsonl")

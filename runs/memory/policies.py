@@ -141,15 +141,15 @@ class Work:
     def report(self) -> None:
         """Writes the tables of what there is, in Markdown."""
         policies, rows = self.plan.policies, self.rows()
-        counted = [row for row in rows if row["tried"] is None]
+        counted = sorted((row for row in rows if row["tried"] is None), key=lambda row: row["seed"])
         total = len(policies.tasks) * len(policies.seeds) * len(policies.arms)
         threshold = policies.finetune["threshold"]
         lines = [
             "# Memory, used",
             "",
             f"{len(counted)} of {total} runs. Rewarded steps to the first evaluation at {threshold} or above, of "
-            f"{policies.finetune['eval_episodes']} episodes, for every run; `>`: not reached. Then the mean "
-            "return of all evaluations from there on, and of the last. Seconds are the clock's, of runs side by side.",
+            f"{policies.finetune['eval_episodes']} episodes, for every run by its seed; `>`: not reached. Then the "
+            "mean return of all evaluations from there on, and of the last. Seconds are the clock's, of runs side by side.",
             "",
             "| task | arm | reached | steps | held | last return | seconds a run |",
             "|---|---|---|---|---|---|---|",
