@@ -149,7 +149,8 @@ class Work:
             "",
             f"{len(counted)} of {total} runs. Rewarded steps to the first evaluation at {threshold} or above, of "
             f"{policies.finetune['eval_episodes']} episodes, for every run by its seed; `>`: not reached. Then the "
-            "mean return of all evaluations from there on, and of the last. Seconds are the clock's, of runs side by side.",
+            "mean return of all evaluations from there on, and of the last. Seconds are the clock's, of runs side by "
+            "side.",
             "",
             "| task | arm | reached | steps | held | last return | seconds a run |",
             "|---|---|---|---|---|---|---|",
