@@ -27,7 +27,7 @@ def script(path: str, plan: dict[str, object], tmp_path: Path) -> str:
 
 def test_objectives_are_compared(tmp_path: Path) -> None:
     plan = {
-        "tasks": {TINY: 128},
+        "tasks": {TINY: {"steps": 128, "threshold": 0.8}},
         "collect": {"explorer": "random", "steps": 300},
         "pretrain": {"encoder": "mlp:features_dim=8", "updates": 4, "batch_size": 8},
         "pretrain_seeds": [0, 1],
@@ -35,7 +35,6 @@ def test_objectives_are_compared(tmp_path: Path) -> None:
             "seeds": [0, 1],
             "n_envs": 4,
             "settings": PPO,
-            "threshold": 0.8,
             "eval_every": 64,
             "eval_episodes": 2,
         },

@@ -33,10 +33,20 @@ CELLS = "cells.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
+class Task:
+    """What is asked of PPO on one task."""
+
+    steps: int
+    """With reward, of every run."""
+    threshold: float
+    """The return that counts as solved."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What `plan.yaml` says."""
 
-    tasks: dict[str, int]
+    tasks: dict[str, Task]
     collect: dict[str, Any]
     pretrain: dict[str, Any]
     pretrain_seeds: list[int]
@@ -76,53 +86,77 @@ def data_folder(out: Path, task: str) -> Path:
     return out / folder_name(task) / "data"
 
 
+def cell_folder(out: Path, cell: Mapping[str, Any]) -> Path:
+    """Where the encoder and the runs of a cell lie."""
+    return out / folder_name(cell["task"]) / folder_name(cell["arm"]) / "-".join(map(str, cell["seeds"]))
+
+
+def processor() -> str:
+    """What seconds are of."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def train_encoder(plan: Plan, out: Path, cell: Mapping[str, Any]) -> tuple[rlrep.Encoder, dict[str, Any]]:
+    """Trains and probes the encoder of a cell unless that was done, and returns it with what is known of it."""
+    options, folder, own = plan.arms[cell["arm"]], cell_folder(out, cell), data_folder(out, cell["task"])
+    data = [data_folder(out, task) for task in plan.tasks] if options.get("data") == "all" else [own]
+    settings = {**plan.pretrain, "objectives": options["objectives"], "seed": cell["pretrain_seed"]}
+    encoder = rlrep.pretrain(data, out=folder / "pretrain", **settings)
+    known = folder / "encoder.json"
+    if not known.exists():
+        facts = {
+            "encoder_digest": encoder.digest(),
+            "pretrain_seconds": runs.read_json(folder / "pretrain" / runs.RECORD)["results"]["seconds"],
+            "pretrain_processor": processor(),
+            **rlrep.probe(encoder, own).to_json(),
+        }
+        runs.write_json(known, facts)
+    return encoder, runs.read_json(known)
+
+
 def run_cell(job: Mapping[str, Any], send: Send) -> Cell:
     """Trains, probes and fine-tunes one cell, or goes on with it, and returns it with its results."""
     plan, out = job["plan"], job["out"]
     cell = {name: job[name] for name in ("task", "arm", "pretrain_seed", "seeds")}
     task, seeds = cell["task"], cell["seeds"]
-    options = dict(plan.arms[cell["arm"]])
-    objectives, mixed = options.pop("objectives", None), options.pop("data", "own") == "all"
-    folder = out / folder_name(task) / folder_name(cell["arm"]) / "-".join(map(str, seeds))
-    # Baselines have an encoder of the same shape, and nothing else of it.
-    encoder = rlrep.make_encoder(plan.pretrain["encoder"], rlrep.Dataset(data_folder(out, task)).observation_space)
-    if objectives is not None:
-        data = [data_folder(out, each) for each in (plan.tasks if mixed else [task])]
-        settings = {**plan.pretrain, "objectives": objectives, "seed": cell["pretrain_seed"]}
-        encoder = rlrep.pretrain(data, out=folder / "pretrain", **settings)
-        cell |= {
-            "encoder_digest": encoder.digest(),
-            "pretrain_seconds": runs.read_json(folder / "pretrain" / runs.RECORD)["results"]["seconds"],
-            **rlrep.probe(encoder, data_folder(out, task)).to_json(),
-        }
-    arms = [{"kind": "frozen" if objectives else cell["arm"], **options, "name": cell["arm"]}]
-    settings = {**plan.finetune, "arms": arms, "steps": plan.tasks[task], "seeds": seeds}
-    rewarded = rlrep.finetune(task, out=folder / "finetune", encoder=encoder, n_workers=1, **settings)
+    options = {name: value for name, value in plan.arms[cell["arm"]].items() if name not in ("objectives", "data")}
+    if "objectives" in plan.arms[cell["arm"]]:
+        encoder, facts = train_encoder(plan, out, cell)
+    else:
+        # Baselines have an encoder of the same shape, and nothing else of it.
+        space = rlrep.Dataset(data_folder(out, task)).observation_space
+        encoder, facts = rlrep.make_encoder(plan.pretrain["encoder"], space), {}
+    arms = [{"kind": "frozen" if facts else cell["arm"], **options, "name": cell["arm"]}]
+    asked = dataclasses.asdict(plan.tasks[task])
+    settings = {**plan.finetune, **asked, "arms": arms, "seeds": seeds}
+    folder = cell_folder(out, cell) / "finetune"
+    rewarded = rlrep.finetune(task, out=folder, encoder=encoder, n_workers=1, **settings)
     rows = runs.read_jsonl(rewarded / "scores.jsonl")
     curves = {str(of): [[row["steps"], row["return"]] for row in rows if row["seed"] == of] for of in seeds}
     return {
         **cell,
-        "budget": plan.tasks[task],
+        **facts,
+        "budget": asked["steps"],
         "curves": curves,
         "rl_seconds": float(np.mean([row["seconds"] for row in rows if row["last"]])),
-        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processor": "cpu" if settings.get("device") == "cpu" else processor(),
         **runs.provenance(cell["pretrain_seed"]),
     }
 
 
-def shares(done: Sequence[Cell], arm: str, task: str, threshold: float) -> list[float]:
+def shares(plan: Plan, done: Sequence[Cell], arm: str, task: str) -> list[float]:
     """Steps to the threshold of every run of an arm on a task, as shares of the budget; infinite where not reached."""
     return [
-        steps_to_threshold(*np.array(curve).T, threshold) / cell["budget"]
+        steps_to_threshold(*np.array(curve).T, plan.tasks[task].threshold) / cell["budget"]
         for cell in done
         if (cell["arm"], cell["task"]) == (arm, task)
         for curve in cell["curves"].values()
     ]
 
 
-def matrix(done: Sequence[Cell], arm: str, tasks: Sequence[str], threshold: float) -> np.ndarray:
+def matrix(plan: Plan, done: Sequence[Cell], arm: str, tasks: Sequence[str]) -> np.ndarray:
     """(R, M) shares of the budget, NaN where a task has fewer runs than another."""
-    columns = [shares(done, arm, task, threshold) for task in tasks]
+    columns = [shares(plan, done, arm, task) for task in tasks]
     return np.array(list(itertools.zip_longest(*columns, fillvalue=math.nan)), dtype=float).reshape(-1, len(tasks))
 
 
@@ -144,7 +178,7 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else math.nan
 
 
-def predictors(done: Sequence[Cell], threshold: float) -> dict[str, float]:
+def predictors(plan: Plan, done: Sequence[Cell]) -> dict[str, float]:
     """How well each cheap metric ranks the encoders of one task by PPO's steps: mean rank correlation over tasks."""
     values = {
         "effective rank": lambda cell: cell["features"]["effective_rank"],
@@ -158,7 +192,7 @@ def predictors(done: Sequence[Cell], threshold: float) -> dict[str, float]:
         trained = [cell for cell in done if cell["task"] == task and "features" in cell]
         if len(trained) < 3:
             continue
-        speed = [-float(np.mean(np.minimum(shares([cell], cell["arm"], task, threshold), 1.5))) for cell in trained]
+        speed = [-float(np.mean(np.minimum(shares(plan, [cell], cell["arm"], task), 1.5))) for cell in trained]
         for name, value in values.items():
             found[name].append(spearman([value(cell) for cell in trained], speed))
     return {name: float(np.nanmean(each)) for name, each in found.items() if np.isfinite(each).any()}
@@ -169,14 +203,14 @@ def slowness(scores: np.ndarray) -> tuple[float, float]:
     return float(iqm(scores)), float(np.nanmean(np.minimum(scores, 1.0)))
 
 
-def best_baselines(plan: Plan, done: Sequence[Cell], threshold: float) -> dict[str, str]:
+def best_baselines(plan: Plan, done: Sequence[Cell]) -> dict[str, str]:
     """Returns the quickest baseline of each task: picked by the runs it is compared by, which favours it."""
     found = {}
     for task in plan.tasks:
         steps = {
-            arm: slowness(np.array(shares(done, arm, task, threshold)))
+            arm: slowness(np.array(shares(plan, done, arm, task)))
             for arm, options in plan.arms.items()
-            if options.get("kind", arm) in ("scratch", "augment") and shares(done, arm, task, threshold)
+            if options.get("kind", arm) in ("scratch", "augment") and shares(plan, done, arm, task)
         }
         if steps:
             found[task] = min(steps, key=lambda arm: steps[arm])
@@ -185,15 +219,14 @@ def best_baselines(plan: Plan, done: Sequence[Cell], threshold: float) -> dict[s
 
 def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
     """Returns the tables in Markdown: of arms, the quickest first, and of tasks."""
-    threshold = plan.finetune["threshold"]
-    best = best_baselines(plan, done, threshold)
+    best = best_baselines(plan, done)
     lines = [
         "# Objectives, compared",
         "",
-        f"{len(done)} of {total} cells. Rewarded steps to a return of {threshold:g}, as shares of each task's budget; "
-        "interquartile mean over all runs; `>1`: not reached. Speed-up: against the best baseline of each task, "
-        "picked after the fact by these very runs, with its 95 % interval; of a baseline, on the tasks where another "
-        "is the best. Intervals take all runs of an arm for independent, though several share an encoder. Before all "
+        f"{len(done)} of {total} cells. Rewarded steps to the return that counts as solved, as shares of each task's "
+        "budget; interquartile mean over all runs; `>1`: not reached. Speed-up: against the best baseline of each "
+        "task, picked after the fact by these very runs, with its 95 % interval; of a baseline, on the tasks where "
+        "another is the best. Intervals take all runs of an arm for independent, though several share an encoder. Before all "
         f"runs of a pre-trained arm: {plan.collect['steps']:,} steps without reward.",
         "",
         "| arm | runs | solved | steps | speed-up | effective rank | mean probe | pre-training, s | PPO, s a run |",
@@ -205,15 +238,15 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         mine = [cell for cell in done if cell["arm"] == arm]
         if not mine:
             continue
-        tasks = [task for task in plan.tasks if shares(mine, arm, task, threshold)]
-        scores = matrix(done, arm, tasks, threshold)
+        tasks = [task for task in plan.tasks if shares(plan, mine, arm, task)]
+        scores = matrix(plan, done, arm, tasks)
         runs_, solved = np.isfinite(scores) | np.isinf(scores), np.isfinite(scores)
         steps = float(iqm(scores))
         ratio = "-"
         if shared := [task for task in tasks if task in best and best[task] != arm]:
-            columns = [shares(done, best[task], task, threshold) for task in shared]
+            columns = [shares(plan, done, best[task], task) for task in shared]
             baseline = np.array(list(itertools.zip_longest(*columns, fillvalue=math.nan)), dtype=float)
-            r = speed_up(baseline, matrix(done, arm, shared, threshold), 1.0, fixed_rng())
+            r = speed_up(baseline, matrix(plan, done, arm, shared), 1.0, fixed_rng())
             ratio = f"{r.point:.2f} ({r.low:.2f} to {r.high:.2f}){'' if r.bound == 'exact' else ', ' + r.bound}"
         trained = [cell for cell in mine if "features" in cell]
 
@@ -240,22 +273,28 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         "Task by task: mean rewarded steps, a run that did not get there counted with its whole budget, and how many "
         "did. `*`: the best baseline.",
         "",
-        "| arm | " + " | ".join(f"{task.split(':')[0]} ({steps:,})" for task, steps in plan.tasks.items()) + " |",
+        "| arm | "
+        + " | ".join(
+            f"{task.split(':')[0]} ({asked.threshold:g} within {asked.steps:,})" for task, asked in plan.tasks.items()
+        )
+        + " |",
         "|---" * (len(plan.tasks) + 1) + "|",
     ]
     for arm in ranked:
         entries = []
-        for task, budget in plan.tasks.items():
-            found = np.array(shares(done, arm, task, threshold))
+        for task, asked in plan.tasks.items():
+            found = np.array(shares(plan, done, arm, task))
             star = "*" if best.get(task) == arm else ""
             reached = f"{np.isfinite(found).sum()}/{len(found)}"
-            entries.append(f"{np.minimum(found, 1).mean() * budget:,.0f}{star}, {reached}" if len(found) else "-")
+            entries.append(f"{np.minimum(found, 1).mean() * asked.steps:,.0f}{star}, {reached}" if len(found) else "-")
         lines.append(f"| {arm} | " + " | ".join(entries) + " |")
-    if metrics := predictors(done, threshold):
+    if metrics := predictors(plan, done):
         lines += ["", "Which cheap metric ranks encoders as PPO does (mean Spearman correlation over tasks):", ""]
         lines += [f"- {name}: {value:.2f}" for name, value in sorted(metrics.items(), key=lambda item: -item[1])]
-    machines = sorted({cell["processor"] for cell in done})
-    lines += ["", f"Seconds are the clock's, of cells side by side, on: {', '.join(machines)}."]
+    lines += ["", "Seconds are the clock's, of cells side by side."]
+    for what, kind in (("PPO", "processor"), ("Pre-training", "pretrain_processor")):
+        if machines := sorted({cell[kind] for cell in done if kind in cell}):
+            lines[-1] += f" {what} ran on: {', '.join(machines)}."
     return "\n".join(lines) + "\n"
 
 
