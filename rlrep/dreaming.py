@@ -102,7 +102,7 @@ class Dreaming(BaseCallback):
         ratio: Dreamt steps for each real one; rounded up to whole rollouts.
         every: Real steps from one time of dreaming to the next.
         horizon: Steps of a dream at most.
-        steps: Real steps that rewards are learnt from at most each time, of episodes drawn at random.
+        steps: Real steps that rewards are learnt from at most each time; see `fit_reward`.
         updates: Gradient steps of the head, each time.
         seed: Of the head and the dreams.
         device: Where the world model computes, named as in SB3.

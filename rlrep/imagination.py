@@ -104,7 +104,8 @@ def fit_reward(
     Args:
         encoder: A world model, or the folder of the run that trained it.
         data: A dataset with reward, its folder or URL, or several: its steps are rewarded steps.
-        steps: Transitions to learn from at most, of whole episodes, of one at least.
+        steps: Transitions to learn from at most, of whole episodes, of one at least. Episodes are drawn at random, but
+            for half of the steps from those in which something is paid.
         updates: Gradient steps.
         batch_size: Transitions in a batch.
         learning_rate: Of Adam.
@@ -320,6 +321,17 @@ def _pieces(data: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(table["start"], n) + offset, np.minimum(np.repeat(table["length"], n) - offset, LONGEST)
 
 
+def _paid(data: Dataset, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Returns in which pieces (P,) some reward is another than the commonest."""
+    reward = data.column("reward")
+    on = np.ones(len(reward), dtype=bool)
+    # Nothing is done at the last observation of an episode.
+    on[data.table["start"] + data.table["length"]] = False
+    values, counts = np.unique(reward[on], return_counts=True)
+    before = np.concatenate([[0], np.cumsum(on & (reward != values[counts.argmax()]))])
+    return before[start + length] > before[start]
+
+
 def _walk(model: WorldModel, data: Dataset, start: np.ndarray, length: np.ndarray) -> Iterator[tuple[Tensor, State]]:
     """Yields (features, state) at each observation of pieces side by side: the first one, and `length` (B,) more.
 
@@ -358,6 +370,10 @@ def _rewarded(model: WorldModel, data: Dataset, steps: int, rng: np.random.Gener
     """Returns features (2M, D) of what followed M transitions, seen and then dreamt, and the rewards (2M,) of these."""
     start, length = _pieces(data)
     chosen = rng.permutation(len(start))
+    # Where little is paid, most draws would miss it: what is paid comes first, in half of the steps.
+    paid = chosen[_paid(data, start, length)[chosen]]
+    paid = paid[: max(1, int(np.searchsorted(np.cumsum(length[paid]), steps / 2, side="right")))]
+    chosen = np.concatenate([paid, chosen[~np.isin(chosen, paid)]])
     chosen = chosen[: max(1, int(np.searchsorted(np.cumsum(length[chosen]), steps, side="right")))]
     # Long ones together: each group is padded to its longest.
     chosen = chosen[np.argsort(length[chosen], kind="stable")]

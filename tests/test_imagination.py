@@ -68,6 +68,15 @@ def test_the_same_seed_gives_the_same_head(data: Dataset) -> None:
     assert torch.equal(torch.get_rng_state(), state), "torch's generator is not as it was"
 
 
+def test_what_is_seldom_paid_is_not_missed(data: Dataset) -> None:
+    """One episode in forty is paid, and two in forty are looked at."""
+    paid = [bool(episode.reward.any()) for episode in data]
+    few = data.select([paid.index(True), *[paid.index(False)] * 39] * 4)
+    steps = 2 * int(few.table["length"].max())
+    for seed in range(3):
+        assert float(fit_reward(MODEL, few, steps=steps, updates=2, seed=seed, device="cpu").high) == 1
+
+
 def test_dreams_begin_where_data_lead_and_go_where_actions_lead(data: Dataset, reward: RewardHead) -> None:
     dream = DreamVecEnv(MODEL, reward, data, 8, horizon=4, device="cpu")
     assert dream.observation_space == spaces.Box(-np.inf, np.inf, (CELLS + 1,), np.float32)
