@@ -226,8 +226,8 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         f"{len(done)} of {total} cells. Rewarded steps to the return that counts as solved, as shares of each task's "
         "budget; interquartile mean over all runs; `>1`: not reached. Speed-up: against the best baseline of each "
         "task, picked after the fact by these very runs, with its 95 % interval; of a baseline, on the tasks where "
-        "another is the best. Intervals take all runs of an arm for independent, though several share an encoder. Before all "
-        f"runs of a pre-trained arm: {plan.collect['steps']:,} steps without reward.",
+        "another is the best. Intervals take all runs of an arm for independent, though several share an encoder. "
+        f"Before all runs of a pre-trained arm: {plan.collect['steps']:,} steps without reward.",
         "",
         "| arm | runs | solved | steps | speed-up | effective rank | mean probe | pre-training, s | PPO, s a run |",
         "|---|---|---|---|---|---|---|---|---|",
