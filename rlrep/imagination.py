@@ -104,12 +104,14 @@ def fit_reward(
     Args:
         encoder: A world model, or the folder of the run that trained it.
         data: A dataset with reward, its folder or URL, or several: its steps are rewarded steps.
-        steps: Transitions to learn from at most, of whole episodes, of one at least. Episodes are drawn at random, but
-            for half of the steps from those in which something is paid.
+        steps: Transitions to learn from at most, of whole episodes, of one at least. Where there are more,
+            half of them are of episodes in which something is paid, if that many are: the head promises too much where
+            its features do not tell what is paid from what is not.
         updates: Gradient steps.
         batch_size: Transitions in a batch.
         learning_rate: Of Adam.
-        held_out: Fraction of the episodes on which `RewardHead.explained` is measured; `steps` bounds these too.
+        held_out: Fraction of the episodes on which `RewardHead.explained` is measured; `steps` bounds these too, drawn
+            evenly.
         seed: Of initialisation, dreams, batches and the split.
         device: Where it computes; `auto` is a GPU if there is one.
         progress: Show a progress bar.
@@ -130,7 +132,7 @@ def fit_reward(
     place = get_device(device)
     model = copy.deepcopy(model).to(place).eval()
     with _seeded(seed, place):
-        features, rewards = _rewarded(model, train, steps, rng)
+        features, rewards = _rewarded(model, train, _draw(train, steps, rng, paid_first=True))
         low, high = rewards.min(), rewards.max()
         if low == high:
             raise ConstantReward(
@@ -146,7 +148,7 @@ def fit_reward(
             loss.backward()
             optimizer.step()
         head.low, head.high = low, high
-        features, rewards = _rewarded(model, test, steps, rng)
+        features, rewards = _rewarded(model, test, _draw(test, steps, rng))
         with torch.no_grad():
             error = F.mse_loss(head(features), rewards)
         if rewards.max() > rewards.min():
@@ -366,15 +368,24 @@ def _beliefs(model: WorldModel, data: Dataset, episodes: int, rng: np.random.Gen
 
 
 @torch.no_grad()
-def _rewarded(model: WorldModel, data: Dataset, steps: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Returns features (2M, D) of what followed M transitions, seen and then dreamt, and the rewards (2M,) of these."""
+def _draw(data: Dataset, steps: int, rng: np.random.Generator, paid_first: bool = False) -> np.ndarray:
+    """Returns numbers of random pieces that have so many steps at most, of one at least; half of it paid ones, if asked."""
     start, length = _pieces(data)
+
+    def within(pieces: np.ndarray, limit: float) -> np.ndarray:
+        return pieces[: max(1, int(np.searchsorted(np.cumsum(length[pieces]), limit, side="right")))]
+
     chosen = rng.permutation(len(start))
-    # Where little is paid, most draws would miss it: what is paid comes first, in half of the steps.
-    paid = chosen[_paid(data, start, length)[chosen]]
-    paid = paid[: max(1, int(np.searchsorted(np.cumsum(length[paid]), steps / 2, side="right")))]
-    chosen = np.concatenate([paid, chosen[~np.isin(chosen, paid)]])
-    chosen = chosen[: max(1, int(np.searchsorted(np.cumsum(length[chosen]), steps, side="right")))]
+    if paid_first:
+        # Where little is paid, most draws would miss it.
+        paid = within(chosen[_paid(data, start, length)[chosen]], steps / 2)
+        chosen = np.concatenate([paid, chosen[~np.isin(chosen, paid)]])
+    return within(chosen, steps)
+
+
+def _rewarded(model: WorldModel, data: Dataset, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Returns features (2M, D) of what followed M transitions of pieces, seen and then dreamt, and their rewards (2M,)."""
+    start, length = _pieces(data)
     # Long ones together: each group is padded to its longest.
     chosen = chosen[np.argsort(length[chosen], kind="stable")]
     seen: list[Tensor] = []

@@ -69,7 +69,7 @@ def test_the_same_seed_gives_the_same_head(data: Dataset) -> None:
 
 
 def test_what_is_seldom_paid_is_not_missed(data: Dataset) -> None:
-    """One episode in forty is paid, and two in forty are looked at."""
+    """One episode in forty is paid, and two of some 140 are looked at."""
     paid = [bool(episode.reward.any()) for episode in data]
     few = data.select([paid.index(True), *[paid.index(False)] * 39] * 4)
     steps = 2 * int(few.table["length"].max())
