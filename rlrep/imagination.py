@@ -367,9 +367,8 @@ def _beliefs(model: WorldModel, data: Dataset, episodes: int, rng: np.random.Gen
     return tree_map(lambda *parts: torch.cat(parts)[order], *found), n
 
 
-@torch.no_grad()
 def _draw(data: Dataset, steps: int, rng: np.random.Generator, paid_first: bool = False) -> np.ndarray:
-    """Returns numbers of random pieces that have so many steps at most, of one at least; half of it paid ones, if asked."""
+    """Returns numbers of random pieces of so many steps in all at most, of one at least; if asked, half of them paid."""
     start, length = _pieces(data)
 
     def within(pieces: np.ndarray, limit: float) -> np.ndarray:
@@ -383,8 +382,9 @@ def _draw(data: Dataset, steps: int, rng: np.random.Generator, paid_first: bool 
     return within(chosen, steps)
 
 
+@torch.no_grad()
 def _rewarded(model: WorldModel, data: Dataset, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Returns features (2M, D) of what followed M transitions of pieces, seen and then dreamt, and their rewards (2M,)."""
+    """Returns features (2M, D) of what followed M transitions, seen and then dreamt, and the rewards (2M,) of these."""
     start, length = _pieces(data)
     # Long ones together: each group is padded to its longest.
     chosen = chosen[np.argsort(length[chosen], kind="stable")]
