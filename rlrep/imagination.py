@@ -368,7 +368,7 @@ def _beliefs(model: WorldModel, data: Dataset, episodes: int, rng: np.random.Gen
 
 
 def _draw(data: Dataset, steps: int, rng: np.random.Generator, paid_first: bool = False) -> np.ndarray:
-    """Returns numbers of random pieces of so many steps in all at most, of one at least; if asked, half of them paid."""
+    """Returns numbers of random pieces of so many steps in all at most, one at least; if asked, half of them paid."""
     start, length = _pieces(data)
 
     def within(pieces: np.ndarray, limit: float) -> np.ndarray:

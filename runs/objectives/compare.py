@@ -13,7 +13,8 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import rlrep
 from rlrep import runs
 from rlrep.evaluate.comparison import fixed_rng
 from rlrep.evaluate.stats import iqm, speed_up, steps_to_threshold
+from rlrep.evaluate.wording import as_ratio, as_ratio_range
 from rlrep.fanout import Send, map_missing
 from rlrep.settings import load_yaml
 
@@ -76,6 +78,20 @@ def key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
     return cell["task"], cell["arm"], cell["pretrain_seed"], *cell["seeds"]
 
 
+def settings_of(plan: Plan, cell: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cell is made with: rows of other settings are not its results."""
+    arm = plan.arms[cell["arm"]]
+    finetune = {name: value for name, value in plan.finetune.items() if name not in ("seeds", "device")}
+    pretrain = {"pretrain": plan.pretrain} if "objectives" in arm else {"encoder": plan.pretrain["encoder"]}
+    return {
+        "arm": arm,
+        "steps": plan.tasks[cell["task"]].steps,
+        "collect": plan.collect,
+        "finetune": finetune,
+        **pretrain,
+    }
+
+
 def folder_name(text: str) -> str:
     """A spec or a name as the name of a folder."""
     return re.sub(r"[^\w.+-]+", "_", text)
@@ -102,16 +118,16 @@ def train_encoder(plan: Plan, out: Path, cell: Mapping[str, Any]) -> tuple[rlrep
     data = [data_folder(out, task) for task in plan.tasks] if options.get("data") == "all" else [own]
     settings = {**plan.pretrain, "objectives": options["objectives"], "seed": cell["pretrain_seed"]}
     encoder = rlrep.pretrain(data, out=folder / "pretrain", **settings)
-    known = folder / "encoder.json"
-    if not known.exists():
+    known, record = folder / "encoder.json", runs.read_json(folder / "pretrain" / runs.RECORD)
+    if not known.exists() or runs.read_json(known)["encoder_digest"] != encoder.digest():
         facts = {
             "encoder_digest": encoder.digest(),
-            "pretrain_seconds": runs.read_json(folder / "pretrain" / runs.RECORD)["results"]["seconds"],
+            "pretrain_seconds": record["results"]["seconds"],
             "pretrain_processor": processor(),
             **rlrep.probe(encoder, own).to_json(),
         }
         runs.write_json(known, facts)
-    return encoder, runs.read_json(known)
+    return encoder, {**runs.read_json(known), "pretrain_provenance": record["provenance"]}
 
 
 def run_cell(job: Mapping[str, Any], send: Send) -> Cell:
@@ -136,7 +152,7 @@ def run_cell(job: Mapping[str, Any], send: Send) -> Cell:
     return {
         **cell,
         **facts,
-        "budget": asked["steps"],
+        "settings": settings_of(plan, cell),
         "curves": curves,
         "rl_seconds": float(np.mean([row["seconds"] for row in rows if row["last"]])),
         "processor": "cpu" if settings.get("device") == "cpu" else processor(),
@@ -146,18 +162,30 @@ def run_cell(job: Mapping[str, Any], send: Send) -> Cell:
 
 def shares(plan: Plan, done: Sequence[Cell], arm: str, task: str) -> list[float]:
     """Steps to the threshold of every run of an arm on a task, as shares of the budget; infinite where not reached."""
-    return [
-        steps_to_threshold(*np.array(curve).T, plan.tasks[task].threshold) / cell["budget"]
+    budget, threshold = plan.tasks[task].steps, plan.tasks[task].threshold
+    found = [
+        steps_to_threshold(*np.array(curve).T, threshold) / budget
         for cell in done
         if (cell["arm"], cell["task"]) == (arm, task)
         for curve in cell["curves"].values()
     ]
+    # The last rollout can end after the budget.
+    return [min(share, 1.0) if math.isfinite(share) else share for share in found]
 
 
-def matrix(plan: Plan, done: Sequence[Cell], arm: str, tasks: Sequence[str]) -> np.ndarray:
-    """(R, M) shares of the budget, NaN where a task has fewer runs than another."""
-    columns = [shares(plan, done, arm, task) for task in tasks]
-    return np.array(list(itertools.zip_longest(*columns, fillvalue=math.nan)), dtype=float).reshape(-1, len(tasks))
+def matrix(columns: Sequence[Sequence[float]]) -> np.ndarray:
+    """Returns runs by task (M lists) as (R, M), NaN where a task has fewer runs than another."""
+    return np.array(list(itertools.zip_longest(*columns, fillvalue=math.nan)), dtype=float).reshape(-1, len(columns))
+
+
+def typical(scores: np.ndarray) -> np.ndarray:
+    """Returns the geometric mean over tasks of each one's interquartile mean, (...) of (..., R, M).
+
+    So the ratio of two arms is the mean of their ratios task by task, whatever the budgets are, and no task is left out
+    as an outlier, as where runs of all tasks are sorted together.
+    """
+    each = np.stack([iqm(scores[..., task : task + 1]) for task in range(scores.shape[-1])], axis=-1)
+    return np.asarray(np.exp(np.log(each).mean(axis=-1)))
 
 
 def mean_probe(cell: Cell) -> float:
@@ -178,39 +206,46 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else math.nan
 
 
-def predictors(plan: Plan, done: Sequence[Cell]) -> dict[str, float]:
-    """How well each cheap metric ranks the encoders of one task by PPO's steps: mean rank correlation over tasks."""
-    values = {
-        "effective rank": lambda cell: cell["features"]["effective_rank"],
-        "participation ratio": lambda cell: cell["features"]["participation_ratio"],
-        "-uniformity": lambda cell: -cell["features"]["uniformity"],
-        "-alignment": lambda cell: -cell["features"]["alignment"],
-        "mean linear probe": mean_probe,
-    }
-    found: dict[str, list[float]] = {name: [] for name in values}
-    for task in {cell["task"] for cell in done}:
-        trained = [cell for cell in done if cell["task"] == task and "features" in cell]
-        if len(trained) < 3:
-            continue
-        speed = [-float(np.mean(np.minimum(shares(plan, [cell], cell["arm"], task), 1.5))) for cell in trained]
-        for name, value in values.items():
-            found[name].append(spearman([value(cell) for cell in trained], speed))
-    return {name: float(np.nanmean(each)) for name, each in found.items() if np.isfinite(each).any()}
+METRICS: dict[str, Callable[[Cell], float]] = {
+    "effective rank": lambda cell: cell["features"]["effective_rank"],
+    "participation ratio": lambda cell: cell["features"]["participation_ratio"],
+    "-uniformity": lambda cell: -cell["features"]["uniformity"],
+    "-alignment": lambda cell: -cell["features"]["alignment"],
+    "mean linear probe": mean_probe,
+}
+"""What can be known of an encoder before RL is paid for; each is meant to be large."""
 
 
-def slowness(scores: np.ndarray) -> tuple[float, float]:
-    """Orders arms, the quickest first: by what the table says, and where that is infinite by the budget they used."""
-    return float(iqm(scores)), float(np.nanmean(np.minimum(scores, 1.0)))
+def predictors(plan: Plan, done: Sequence[Cell]) -> dict[str, list[float]]:
+    """Returns how each metric ranks the arms of a task as PPO does, task by task; of frozen features, which stay so."""
+    found: dict[str, list[float]] = {name: [] for name in METRICS}
+    frozen = [arm for arm, options in plan.arms.items() if "objectives" in options and "kind" not in options]
+    for task in plan.tasks:
+        trained = {arm: [cell for cell in done if (cell["arm"], cell["task"]) == (arm, task)] for arm in frozen}
+        trained = {arm: mine for arm, mine in trained.items() if mine}
+        speed = [-float(np.mean(np.minimum(shares(plan, done, arm, task), 1.0))) for arm in trained]
+        # Where most arms solve nothing there is nothing to rank.
+        if len(set(speed)) > len(frozen) / 2:
+            for name, value in METRICS.items():
+                found[name].append(
+                    spearman([float(np.mean([value(c) for c in mine])) for mine in trained.values()], speed)
+                )
+    return found
 
 
-def best_baselines(plan: Plan, done: Sequence[Cell]) -> dict[str, str]:
-    """Returns the quickest baseline of each task: picked by the runs it is compared by, which favours it."""
+def budget_used(scores: np.ndarray) -> float:
+    """Returns `typical` with the whole budget for a run that did not get there."""
+    return float(typical(np.minimum(scores, 1.0)))
+
+
+def best_from_scratch(plan: Plan, done: Sequence[Cell]) -> dict[str, str]:
+    """Returns the quickest arm from scratch of each task: picked by the runs it is compared by, which favours it."""
     found = {}
     for task in plan.tasks:
         steps = {
-            arm: slowness(np.array(shares(plan, done, arm, task)))
+            arm: budget_used(matrix([scores]))
             for arm, options in plan.arms.items()
-            if options.get("kind", arm) in ("scratch", "augment") and shares(plan, done, arm, task)
+            if options.get("kind", arm) in ("scratch", "augment") and (scores := shares(plan, done, arm, task))
         }
         if steps:
             found[task] = min(steps, key=lambda arm: steps[arm])
@@ -219,59 +254,65 @@ def best_baselines(plan: Plan, done: Sequence[Cell]) -> dict[str, str]:
 
 def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
     """Returns the tables in Markdown: of arms, the quickest first, and of tasks."""
-    best = best_baselines(plan, done)
+    best = best_from_scratch(plan, done)
+    untrained = next((arm for arm, options in plan.arms.items() if options.get("kind", arm) == "random-frozen"), None)
     lines = [
         "# Objectives, compared",
         "",
-        f"{len(done)} of {total} cells. Rewarded steps to the return that counts as solved, as shares of each task's "
-        "budget; interquartile mean over all runs; `>1`: not reached. Speed-up: against the best baseline of each "
-        "task, picked after the fact by these very runs, with its 95 % interval; of a baseline, on the tasks where "
-        "another is the best. Intervals take all runs of an arm for independent, though several share an encoder. "
-        f"Before all runs of a pre-trained arm: {plan.collect['steps']:,} steps without reward.",
+        f"{len(done)} of {total} cells. Steps: rewarded steps to the return that counts as solved, as a share of the "
+        "task's budget; interquartile mean over the runs of a task, geometric mean over tasks, a run that did not get "
+        "there counted with its whole budget; `>`: in some task most did not. Speed-ups are ratios of these, with 95 % "
+        "intervals: over the best arm from scratch of each task (`*` below), picked after the fact by these very runs, "
+        "which favours it, and over the features of an untrained encoder. Where runs did not get there they are "
+        "bounds. Intervals take all runs of an arm for independent, though several share an encoder. Steps without "
+        f"reward before all runs of a pre-trained arm: {plan.collect['steps']:,} of each task.",
         "",
-        "| arm | runs | solved | steps | speed-up | effective rank | mean probe | pre-training, s | PPO, s a run |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| arm | solved | steps | over scratch | over untrained | effective rank | mean probe | pre-training, s "
+        "| PPO, s a run |",
+        "|---" * 9 + "|",
     ]
-    order: list[tuple[tuple[float, float], str]] = []
+
+    def ratio(baseline: Mapping[str, str | None], arm: str) -> str:
+        columns = [[shares(plan, done, one, task) for one in (baseline.get(task), arm) if one] for task in plan.tasks]
+        if not all(len(both) == 2 and all(both) for both in columns):
+            return "-"
+        slow, quick = (matrix(side) for side in zip(*columns, strict=True))
+        found = speed_up(slow, quick, 1.0, fixed_rng(), statistic=typical)
+        return f"{as_ratio(found)} {as_ratio_range(found)}".strip()
+
+    order: list[tuple[int, bool, float, str]] = []
     rows: dict[str, str] = {}
     for arm in plan.arms:
         mine = [cell for cell in done if cell["arm"] == arm]
         if not mine:
             continue
-        tasks = [task for task in plan.tasks if shares(plan, mine, arm, task)]
-        scores = matrix(plan, done, arm, tasks)
-        runs_, solved = np.isfinite(scores) | np.isinf(scores), np.isfinite(scores)
-        steps = float(iqm(scores))
-        ratio = "-"
-        if shared := [task for task in tasks if task in best and best[task] != arm]:
-            columns = [shares(plan, done, best[task], task) for task in shared]
-            baseline = np.array(list(itertools.zip_longest(*columns, fillvalue=math.nan)), dtype=float)
-            r = speed_up(baseline, matrix(plan, done, arm, shared), 1.0, fixed_rng())
-            ratio = f"{r.point:.2f} ({r.low:.2f} to {r.high:.2f}){'' if r.bound == 'exact' else ', ' + r.bound}"
-        trained = [cell for cell in mine if "features" in cell]
+        scores = [found for task in plan.tasks if (found := shares(plan, mine, arm, task))]
+        runs_, missing = list(itertools.chain(*scores)), len(plan.tasks) - len(scores)
+        steps, trained = matrix(scores), [cell for cell in mine if "features" in cell]
 
         def mean(values: list[float], digits: int) -> str:
             return f"{np.mean(values):.{digits}f}" if values else "-"
 
         row = [
             arm,
-            str(int(runs_.sum())),
-            f"{int(solved.sum())}/{int(runs_.sum())}",
-            f"{steps:.2f}" if math.isfinite(steps) else ">1",
-            ratio,
+            f"{sum(map(math.isfinite, runs_))}/{len(runs_)}",
+            "-" if missing else f"{'' if np.isfinite(typical(steps)) else '> '}{budget_used(steps):.2f}",
+            ratio(best, arm),
+            "-" if arm == untrained else ratio(dict.fromkeys(plan.tasks, untrained), arm),
             mean([cell["features"]["effective_rank"] for cell in trained], 1),
             mean([mean_probe(cell) for cell in trained], 2),
             mean([cell["pretrain_seconds"] for cell in trained], 0),
             mean([cell["rl_seconds"] for cell in mine], 0),
         ]
-        order.append((slowness(scores), arm))
+        # Arms that have not been on all tasks cannot be ranked with the others, and a bound is no value.
+        order.append((missing, bool(np.isinf(typical(steps))), budget_used(steps), arm))
         rows[arm] = "| " + " | ".join(row) + " |"
-    ranked = [arm for _, arm in sorted(order)]
+    ranked = [arm for *_, arm in sorted(order)]
     lines += [rows[arm] for arm in ranked]
     lines += [
         "",
         "Task by task: mean rewarded steps, a run that did not get there counted with its whole budget, and how many "
-        "did. `*`: the best baseline.",
+        "did. `*`: the best from scratch.",
         "",
         "| arm | "
         + " | ".join(
@@ -288,9 +329,15 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
             reached = f"{np.isfinite(found).sum()}/{len(found)}"
             entries.append(f"{np.minimum(found, 1).mean() * asked.steps:,.0f}{star}, {reached}" if len(found) else "-")
         lines.append(f"| {arm} | " + " | ".join(entries) + " |")
-    if metrics := predictors(plan, done):
-        lines += ["", "Which cheap metric ranks encoders as PPO does (mean Spearman correlation over tasks):", ""]
-        lines += [f"- {name}: {value:.2f}" for name, value in sorted(metrics.items(), key=lambda item: -item[1])]
+    if metrics := {name: each for name, each in predictors(plan, done).items() if np.isfinite(each).any()}:
+        lines += [
+            "",
+            "How each cheap metric ranks frozen features as PPO does: Spearman correlation over arms, its mean",
+        ]
+        lines[-1] += " over tasks, and task by task. Few arms, so a correlation below 0.5 may be none."
+        lines.append("")
+        for name, each in sorted(metrics.items(), key=lambda item: -np.nanmean(item[1])):
+            lines.append(f"- {name}: {np.nanmean(each):.2f} ({', '.join(f'{value:.2f}' for value in each)})")
     lines += ["", "Seconds are the clock's, of cells side by side."]
     for what, kind in (("PPO", "processor"), ("Pre-training", "pretrain_processor")):
         if machines := sorted({cell[kind] for cell in done if kind in cell}):
@@ -316,13 +363,20 @@ def main(
     wanted = list(cells(plan))
     keys = {key(cell) for cell in wanted}
 
+    for row in runs.read_jsonl(results / CELLS):
+        if key(row) in keys and row["settings"] != settings_of(plan, row):
+            sys.exit(
+                f"{results / CELLS} has a row of {row['arm']!r} on {row['task']} with other settings than {plan_file}: "
+                "take such rows away first, or name another folder of results"
+            )
+
     def write() -> str:
         done = [row for row in runs.read_jsonl(results / CELLS) if key(row) in keys]
         text = report(plan, done, len(wanted))
         runs.write_atomically(results / "report.md", lambda path: path.write_text(text))
         return text
 
-    with runs.lock(out):
+    with runs.lock(out), runs.lock(results):
         if keys - {key(row) for row in runs.read_jsonl(results / CELLS)}:
             for task in plan.tasks:
                 rlrep.collect(task, out=data_folder(out, task), **plan.collect)
