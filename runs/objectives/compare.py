@@ -63,14 +63,15 @@ Cell = dict[str, Any]
 
 def cells(plan: Plan) -> Iterator[Cell]:
     """All cells, in an order in which every arm has about as many as the others at any time."""
-    seeds: list[int] = plan.finetune["seeds"]
-    baselines = [name for name, arm in plan.arms.items() if "objectives" not in arm]
-    pretrained = [name for name in plan.arms if name not in baselines]
-    for seed, arm, task in itertools.product(seeds, baselines, plan.tasks):
-        yield {"task": task, "arm": arm, "pretrain_seed": None, "seeds": [seed]}
-    # Encoders of an arm share PPO's seeds out.
-    for (i, pretrain_seed), task, arm in itertools.product(enumerate(plan.pretrain_seeds), plan.tasks, pretrained):
-        yield {"task": task, "arm": arm, "pretrain_seed": pretrain_seed, "seeds": seeds[i :: len(plan.pretrain_seeds)]}
+    n_encoders = len(plan.pretrain_seeds)
+    for i, pretrain_seed in enumerate(plan.pretrain_seeds):
+        # Encoders of an arm share PPO's seeds out.
+        seeds: list[int] = plan.finetune["seeds"][i::n_encoders]
+        for task, (arm, options) in itertools.product(plan.tasks, plan.arms.items()):
+            if "objectives" in options:
+                yield {"task": task, "arm": arm, "pretrain_seed": pretrain_seed, "seeds": seeds}
+            else:
+                yield from ({"task": task, "arm": arm, "pretrain_seed": None, "seeds": [seed]} for seed in seeds)
 
 
 def key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
