@@ -158,25 +158,14 @@ def test_memories_are_what_was_measured() -> None:
     assert f"with accuracy {accuracy['S11']:.2f} and {accuracy['S13']:.2f} (two seeds)" in README
 
 
-def solved(scores: str, kind: str) -> tuple[int, int]:
-    """How many runs of arms whose names begin so reached 0.8, and how many there are."""
-    best: dict[tuple[str, int], float] = {}
-    for row in runs.read_jsonl(ROOT / "runs" / scores):
-        if row["arm"].startswith(kind):
-            key = row["arm"], row["seed"]
-            best[key] = max(best.get(key, 0.0), row["return"])
-    return sum(each >= 0.8 for each in best.values()), len(best)
-
-
-def test_doorkey_is_what_was_measured() -> None:
-    text = " ".join(README.split())
-    scores = "doorkey-6x6/results/scores.jsonl"
-    (frozen, of), (scratch, of_scratch) = solved(scores, "frozen"), solved(scores, "scratch")
-    assert f"frozen features solved {frozen} of {of} runs and scratch {scratch} of {of_scratch}" in text
-    scores = "doorkey-6x6/chosen/results/scores.jsonl"
-    for kind, words in (("frozen", "on frozen features"), ("finetune", "fine-tuned"), ("scratch", "from scratch")):
-        assert "{} of {} {}".format(*solved(scores, kind), words) in text
-    assert solved(scores, "random-frozen")[0] == 0
+def test_looks_are_what_was_measured() -> None:
+    looks = runs.read_jsonl(ROOT / "runs/objectives/results/looks.jsonl")
+    for entropy in (0.06, 0.03):
+        settings = {"n_epochs": 8, "learning_rate": 2e-3, "ent_coef": entropy}
+        mine = [row for row in looks if (row["task"], row["settings"]) == ("DoorKey-5x5", settings)]
+        solved = sum(any(reached >= 0.8 for _, reached in row["curve"]) for row in mine)
+        assert re.search(rf"{entropy} solved {solved} of {len(mine)}\b", README)
+    assert len({str(row["settings"]) for row in looks if row["kind"] == "frozen"}) == 18
 
 
 def test_warm_starts_are_what_was_measured() -> None:
