@@ -140,8 +140,9 @@ def run_cell(job: Mapping[str, Any], send: Send) -> Cell:
     if "objectives" in plan.arms[cell["arm"]]:
         encoder, facts = train_encoder(plan, out, cell)
     else:
-        # Baselines have an encoder of the same shape, and nothing else of it.
+        # Baselines have an encoder of the same shape, and nothing else of it; the same one when they go on.
         space = rlrep.Dataset(data_folder(out, task)).observation_space
+        torch.manual_seed(0)
         encoder, facts = rlrep.make_encoder(plan.pretrain["encoder"], space), {}
     arms = [{"kind": "frozen" if facts else cell["arm"], **options, "name": cell["arm"]}]
     asked = dataclasses.asdict(plan.tasks[task])
