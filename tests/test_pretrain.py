@@ -257,7 +257,6 @@ PICTURE = spaces.Box(0, 255, (64, 64, 3), np.uint8)
 PEAK = """
 import sys
 from pathlib import Path
-from typing import Any
 import torch
 from rlrep.pretrain import pretrain
 
