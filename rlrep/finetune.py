@@ -499,16 +499,20 @@ class _Evaluate(BaseCallback):
     def score(self, last: bool) -> None:
         """Evaluates the policy as it is, and sends a row of scores."""
         began = time.perf_counter()
-        # Equal starts at every evaluation and in every arm: what differs is the policy.
-        self.evaluation.seed(self.seed)
-        found = evaluate_policy(
-            self.model,
-            self.evaluation,
-            n_eval_episodes=self.job["eval_episodes"],
-            deterministic=self.job["deterministic"],
-            return_episode_rewards=True,
-            warn=False,
-        )
+        # Equal starts and luck at every evaluation and in every arm: what differs is the policy. Policies draw their
+        # actions from torch's own generator, which training must find as it was, or looking at it would change it.
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            self.evaluation.seed(self.seed)
+            found = evaluate_policy(
+                self.model,
+                self.evaluation,
+                n_eval_episodes=self.job["eval_episodes"],
+                deterministic=self.job["deterministic"],
+                return_episode_rewards=True,
+                warn=False,
+            )
         returns, lengths = cast(tuple[list[float], list[int]], found)
         row = {
             "arm": self.job["arm"].name,

@@ -117,6 +117,18 @@ def test_the_same_seed_gives_the_same_scores(encoder: Encoder, tmp_path: Path) -
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("arm", ["scratch", "frozen"])
+def test_how_often_one_looks_changes_nothing(encoder: Encoder, tmp_path: Path, arm: str) -> None:
+    found = []
+    for every in (64, 128):
+        small = {**SMALL, "eval_every": every, "eval_episodes": 8}
+        out = finetune(SPEC, encoder=encoder, out=tmp_path / f"{arm}-{every}", arms=[arm], seeds=(0,), **small)
+        rows = read_jsonl(out / SCORES)
+        found.append([(row["steps"], row["return"], row["length"]) for row in rows if row["steps"] % 128 == 0])
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
+
+
 def test_a_failed_seed_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
     arms = ["scratch", {"name": "broken", "kind": "scratch", "settings": {"gamma": "high"}}]
     out = finetune(SPEC, out=tmp_path / "run", arms=arms, seeds=(0,), **SMALL)
