@@ -235,7 +235,7 @@ class ExportCommand:
 
 @dataclasses.dataclass(frozen=True)
 class RunCommand:
-    """Do a whole recipe: collect, pretrain, finetune, report. Stages that are done are skipped.
+    """Do a whole recipe: collect, pretrain, perhaps explore, finetune, report. Stages that are done are skipped.
 
     Every setting of the recipe can be overridden: --collect.steps 1000.
     """

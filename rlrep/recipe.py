@@ -42,11 +42,18 @@ RECIPE, LOG = "recipe.yaml", "log.txt"
 if TYPE_CHECKING:
     from typing import Any as Collect
     from typing import Any as Dream
+    from typing import Any as Explore
     from typing import Any as Finetune
     from typing import Any as Pretrain
     from typing import Any as Probe
 else:
     Collect = settings_of(collect, omit=("env", "out", "overwrite"), name="Collect")
+    Explore = settings_of(
+        collect,
+        omit=("env", "out", "overwrite", "features"),
+        name="Explore",
+        defaults={"steps": 0, "explorer": "count"},
+    )
     Pretrain = settings_of(pretrain, omit=("data", "out", "overwrite"), name="Pretrain")
     Probe = settings_of(probe, omit=("encoder", "data"), name="Probe")
     Dream = settings_of(dream, omit=("encoder", "data", "out"), name="Dream")
@@ -55,7 +62,7 @@ else:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Collect, pre-train, fine-tune, report: the settings of each stage."""
+    """Collect, pre-train, explore if asked to, fine-tune, report: the settings of each stage."""
 
     env: str
     """Environment spec, such as MiniGrid-DoorKey-6x6-v0:obs=rgb."""
@@ -63,6 +70,9 @@ class Recipe:
     """Reward-free exploration."""
     pretrain: Pretrain = dataclasses.field(default_factory=Pretrain)
     """Learning an encoder from what was collected."""
+    explore: Explore = dataclasses.field(default_factory=Explore)
+    """Exploring once more, in the features of that encoder: arms that start from what explored then start from this.
+    With `steps: 0` this is left out."""
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
     """Policies trained with reward, on that encoder and without it, or started from what explored."""
     rounds: int = 1
@@ -93,8 +103,8 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
 
     Args:
         recipe: What to do.
-        out: Folder for `data/`, `pretrain/`, `finetune/` and the report; the second round's are `data-2/` and
-            `pretrain-2/`.
+        out: Folder for `data/`, `pretrain/`, `explore/`, `finetune/` and the report; the second round's are `data-2/`
+            and `pretrain-2/`.
         overwrite: Do every stage again.
         data: Folder of a dataset to use, instead of collecting one in the first round.
 
@@ -116,45 +126,45 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
             "'gru' or 'rssm' to the objectives, or leave the arm out"
         )
     warm = [arm.name for arm in arms if arm.explored]
-    if warm and data is None and _learns_nothing(recipe.collect.explorer):
-        raise SettingsError(
-            f"arm {warm[0]!r} starts from the explorer of this recipe, and {recipe.collect.explorer!r} learns no "
-            "policy: collect with a bonus, such as 'count', or leave the arm out"
-        )
-    for name, number in {"rounds": recipe.rounds, "collect.n_workers": recipe.collect.n_workers}.items():
-        if warm and number > 1:
-            raise SettingsError(
-                f"arm {warm[0]!r} starts from the explorer of this recipe, and with {name}: {number} there are as "
-                "many; make it 1, or leave the arm out"
-            )
+    if warm:
+        _check_explorer(recipe, warm[0], data)
     folders = [] if data is None else [Path(data)]
     encoder: Encoder | None = None
+    n = 5 if recipe.explore.steps else 4
     for i in range(1, recipe.rounds + 1):
         suffix = f"-{i}" if i > 1 else ""
         if data is None or i > 1:
             folders.append(out / f"data{suffix}")
             options = dict(vars(recipe.collect)) | ({"features": encoder} if encoder is not None else {})
-            print(f"[1/4] collect: {recipe.collect.steps:,} steps of {recipe.env} without reward -> {folders[-1]}")
+            print(f"[1/{n}] collect: {recipe.collect.steps:,} steps of {recipe.env} without reward -> {folders[-1]}")
             # The same environments again would show the same again.
             options["seed"] += i - 1
             collect(recipe.env, out=folders[-1], overwrite=overwrite, **options)
-        if warm:
+        if warm and not recipe.explore.steps:
             load_explorer(folders[0])
         trained = out / f"pretrain{suffix}"
-        print(f"[2/4] pretrain: {', '.join(map(str, recipe.pretrain.objectives))} -> {trained}")
+        print(f"[2/{n}] pretrain: {', '.join(map(str, recipe.pretrain.objectives))} -> {trained}")
         encoder = pretrain(folders, out=trained, overwrite=overwrite, **vars(recipe.pretrain))
         _look_at_memory(trained, folders, recipe.pretrain.held_out, recipe.pretrain.seed)
+    explored = folders[0]
+    if recipe.explore.steps:
+        explored = out / "explore"
+        options = dict(vars(recipe.explore)) | {"features": encoder}
+        print(f"[3/{n}] explore: {recipe.explore.steps:,} steps without reward, in features of {trained} -> {explored}")
+        options["seed"] += recipe.rounds
+        collect(recipe.env, out=explored, overwrite=overwrite, **options)
+        folders.append(explored)
     n_runs = len(recipe.finetune.arms) * len(recipe.finetune.seeds)
-    print(f"[3/4] finetune: {n_runs} runs of {recipe.finetune.steps:,} steps with reward -> {out / 'finetune'}")
+    print(f"[{n - 1}/{n}] finetune: {n_runs} runs of {recipe.finetune.steps:,} steps with reward -> {out / 'finetune'}")
     scores = finetune(
         recipe.env,
         encoder=trained,
-        explorer=folders[0] if warm else None,
+        explorer=explored if warm else None,
         out=out / "finetune",
         overwrite=overwrite,
         **vars(recipe.finetune),
     )
-    print(f"[4/4] report -> {out / 'report.html'}")
+    print(f"[{n}/{n}] report -> {out / 'report.html'}")
     return report(scores, out=out, stages=folders)
 
 
@@ -182,6 +192,23 @@ def _told(what: str) -> Iterator[None]:
         print(f"the report will not show {what}: {error}")
 
 
+def _check_explorer(recipe: Recipe, arm: str, data: str | Path | None) -> None:
+    """Raises unless there will be one explorer with a policy for this arm to start from."""
+    stage, options = ("explore", recipe.explore) if recipe.explore.steps else ("collect", recipe.collect)
+    if (data is None or recipe.explore.steps) and _learns_nothing(options.explorer):
+        raise SettingsError(
+            f"arm {arm!r} starts from the explorer of this recipe, and {stage}.explorer {options.explorer!r} learns no "
+            "policy: explore with a bonus, such as 'count', or leave the arm out"
+        )
+    rounds = {} if recipe.explore.steps else {"rounds": recipe.rounds}
+    for name, number in {**rounds, f"{stage}.n_workers": options.n_workers}.items():
+        if number > 1:
+            raise SettingsError(
+                f"arm {arm!r} starts from the explorer of this recipe, and with {name}: {number} there are as many; "
+                "make it 1, or leave the arm out"
+            )
+
+
 def _learns_nothing(explorer: str | Mapping[str, Any]) -> bool:
     """Whether this is a single explorer without a bonus."""
     name = explorer.partition(":")[0] if isinstance(explorer, str) else explorer.get("name")
@@ -198,8 +225,9 @@ def _trains_a_memory(specs: str | Mapping[str, Any] | Sequence[str | Mapping[str
 
 def on_ray(recipe: Recipe, ray: str | None) -> Recipe:
     """Returns the recipe with its jobs, and its collectors if they are several, on a Ray cluster."""
-    collectors = {"collect.ray": ray} if recipe.collect.n_workers > 1 else {}
-    return changed(recipe, {"finetune.ray": ray, **collectors})
+    collecting = {"collect": recipe.collect, "explore": recipe.explore}
+    several = [f"{name}.ray" for name, options in collecting.items() if options.n_workers > 1]
+    return changed(recipe, {"finetune.ray": ray, **dict.fromkeys(several, ray)})
 
 
 def sweep(

@@ -126,7 +126,12 @@ def changed(instance: T, values: Mapping[str, Any]) -> T:
     return _Reader(None).parse(text, type(instance))
 
 
-def settings_of(function: Callable[..., Any], omit: Collection[str] = (), name: str | None = None) -> type[Any]:
+def settings_of(
+    function: Callable[..., Any],
+    omit: Collection[str] = (),
+    name: str | None = None,
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
+) -> type[Any]:
     """Makes a frozen dataclass of a function's parameters, so that `function(**vars(settings))` calls it.
 
     Types, defaults and the help shown on the command line come from the signature and from the Args of its Google
@@ -137,13 +142,14 @@ def settings_of(function: Callable[..., Any], omit: Collection[str] = (), name: 
         function: Its docstring's first line documents the dataclass.
         omit: Parameters that the caller passes itself.
         name: Of the dataclass; the function's in CamelCase if not given.
+        defaults: Instead of the function's own.
 
     Raises:
-        TypeError: A parameter's type has nothing that YAML can write; it belongs in `omit`.
+        TypeError: A parameter's type has nothing that YAML can write; it belongs in `omit`. Or there is no such one.
     """
     parameters = inspect.signature(function).parameters
-    if strangers := sorted(set(omit) - set(parameters)):
-        raise TypeError(f"{function.__qualname__} has no parameter {strangers[0]!r} to omit")
+    if strangers := sorted({*omit, *defaults} - set(parameters)):
+        raise TypeError(f"{function.__qualname__} has no parameter {strangers[0]!r}")
     documentation = docstring_parser.parse(function.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)
     helps = {entry.arg_name: " ".join((entry.description or "").split()) for entry in documentation.params}
     hints = typing.get_type_hints(function, include_extras=True)
@@ -155,6 +161,8 @@ def settings_of(function: Callable[..., Any], omit: Collection[str] = (), name: 
         if hint is None:
             raise TypeError(f"{function.__qualname__}({key}) is {hints[key]}, which YAML cannot write; omit it")
         marks = [tyro.conf.arg(help=helps.get(key)), *([_yaml_argument(hint)] if _is_free_form(hint) else [])]
+        if key in defaults:
+            parameter = parameter.replace(default=defaults[key])
         fields.append((key, _subscript(Annotated, (hint, *marks)), _field(parameter)))
     cls = dataclasses.make_dataclass(
         name or "".join(word.capitalize() for word in function.__name__.split("_")), fields, frozen=True, kw_only=True

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from rlrep import cli, runs
 from rlrep.collect import collect
-from rlrep.encoders import make_encoder
+from rlrep.encoders import load_encoder, make_encoder
+from rlrep.evaluate.comparison import read_task
 from rlrep.finetune import SCORES, Arm, _run_job, finetune
 from rlrep.recipe import load_recipe, run
 from rlrep.sb3 import get_algorithm, policy_kwargs
@@ -234,6 +235,35 @@ def test_a_recipe_starts_from_what_it_explored(tmp_path: Path, monkeypatch: pyte
     report = (out / "report.md").read_text()
     assert record["digest"] in report
     assert "explorer: evaluated once" in report
+
+
+def test_a_recipe_explores_in_the_features_it_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["rlrep.finetune"], "map_jobs", here)
+    (tmp_path / "recipe.yaml").write_text(
+        f"env: {SPEC}\nrounds: 2\ncollect: {{steps: 160, n_envs: 4}}\n"
+        "pretrain: {updates: 5, batch_size: 16, objectives: [ae], encoder: 'grid:features_dim=16'}\n"
+        f"explore: {{steps: 320, n_envs: 4, settings: {json.dumps(PPO_SETTINGS)}}}\n"
+        "finetune: {arms: [frozen, warm-actor], seeds: [0], steps: 64, n_envs: 2, eval_every: 64, eval_episodes: 4, "
+        f"settings: {json.dumps(PPO_SETTINGS)}}}\n"
+    )
+    out, recipe = tmp_path / "out", load_recipe(tmp_path)
+    for change, value, message in (("explorer", "random", "explore.explorer 'random' learns"), ("n_workers", 2, ": 2")):
+        with pytest.raises(SettingsError, match=message):
+            run(changed(recipe, {f"explore.{change}": value}), out)
+    assert not out.exists()
+
+    run(recipe, out)
+    rows = {row["arm"] for row in runs.read_jsonl(out / "finetune" / SCORES) if row["last"]}
+    assert rows == {"frozen", "warm-actor"}
+    settings = runs.read_json(out / "finetune" / "run.json")["settings"]
+    # Policies, pre-trained and explorer alike, act on the encoder of the last round, and have seen what made it.
+    assert settings["explorer"] == load_explorer(out / "explore").record
+    assert settings["encoder"]["digest"] == load_encoder(out / "pretrain-2").digest()
+    assert settings["explorer"]["features"]["digest"] == settings["encoder"]["digest"]
+    task = read_task(out / "finetune")
+    assert (task.reward_free_steps("frozen"), task.reward_free_steps("warm-actor")) == (320, 640)
+    seeds = [runs.read_json(out / name / "meta.json")["writers"][-1]["collector"]["seed"] for name in ("data", "explore")]
+    assert seeds == [0, 2]
 
 
 def test_an_explorer_in_features_starts_on_the_same_features(
