@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,9 @@ TINY = "rlrep/TinyGrid-v0:size=4"
 PPO = {"n_steps": 16, "batch_size": 32, "n_epochs": 1}
 
 
-def script(path: str, plan: dict[str, object], tmp_path: Path) -> str:
+def script(path: str, plan: dict[str, object], tmp_path: Path, *extra: str) -> str:
     (tmp_path / "plan.yaml").write_text(yaml.dump(plan))
-    command = [sys.executable, RUNS / path, "--plan-file", tmp_path / "plan.yaml"]
+    command = [sys.executable, RUNS / path, "--plan-file", tmp_path / "plan.yaml", *extra]
     command += ["--out", tmp_path / "out", "--results", tmp_path / "results"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -163,3 +164,59 @@ def test_memory_is_probed_and_used(tmp_path: Path) -> None:
 
 def _lines(tmp_path: Path) -> list[str]:
     return (tmp_path / "results" / "cells.jsonl").read_text().splitlines()
+
+
+def test_the_suite_says_whether_it_helps(tmp_path: Path) -> None:
+    task = {"env": TINY, "steps": 128, "threshold": 0.8}
+    common = {
+        "collect": {"explorer": "random", "steps": 300, "n_envs": 4},
+        "finetune": {"n_envs": 4, "settings": PPO, "eval_every": 64, "eval_episodes": 2},
+        "candidates": {"a": {"learning_rate": 1e-3}, "b": {"learning_rate": 1e-4}},
+    }
+    settings = {"n_steps": 16, "batch_size": 32, "n_epochs": 1}
+    plan = {
+        "seeds": [0, 1],
+        "tuning_seeds": [100],
+        "small": {"tasks": ["one"], "seeds": [0], "tuning_seeds": [], "candidates": 1, "steps": 0.5},
+        "groups": {
+            "see": {
+                **common,
+                "ours": "warm-actor",
+                "pretrain": {"encoder": "mlp:features_dim=8", "objectives": ["inverse"], "updates": 4, "batch_size": 8},
+                "explore": {"explorer": "count", "steps": 128, "n_envs": 4, "settings": settings},
+                "arms": ["scratch", "frozen", "explorer", {"name": "warm-actor", "critic_steps": 64}],
+                "tasks": {"one": task, "two": {**task, "explore": {"explorer": "e3b"}}},
+            },
+            "explore": {
+                **common,
+                "ours": "warm-actor",
+                "collect": {"explorer": "count", "steps": 128, "n_envs": 4, "settings": settings},
+                "arms": ["scratch", "warm-actor"],
+                "tasks": {"three": task},
+            },
+        },
+    }
+    said = script("suite/suite.py", plan, tmp_path)
+    assert "see: warm-actor does best with" in said
+    results = tmp_path / "results"
+    text = (results / "suite.md").read_text()
+    assert "3 of 3 tasks, seeds 0, 1" in text
+    assert all(f"| {name} | warm-actor | " in text for name in ("one", "two", "three"))
+    assert "| scratch |" in text
+    assert "Over all tasks: " in text
+    assert (results / "report.html").exists()
+    explorers = {
+        name: runs.read_json(results / name / "run.json")["settings"]["explorer"]["name"]
+        for name in ("one", "two", "three")
+    }
+    assert explorers == {"one": "count", "two": "e3b", "three": "count"}
+    # What is done is kept in the scores alone, and a first look is apart.
+    shutil.rmtree(tmp_path / "out")
+    (results / "suite.md").unlink()
+    script("suite/suite.py", plan, tmp_path)
+    assert (results / "suite.md").read_text() == text
+    assert not (tmp_path / "out").exists()
+    said = script("suite/suite.py", plan, tmp_path, "--small")
+    assert "does best with" not in said
+    small = (results / "small" / "suite.md").read_text()
+    assert "1 of 1 tasks, seeds 0." in small

@@ -262,7 +262,9 @@ def test_a_recipe_explores_in_the_features_it_learnt(tmp_path: Path, monkeypatch
     assert settings["explorer"]["features"]["digest"] == settings["encoder"]["digest"]
     task = read_task(out / "finetune")
     assert (task.reward_free_steps("frozen"), task.reward_free_steps("warm-actor")) == (320, 640)
-    seeds = [runs.read_json(out / name / "meta.json")["writers"][-1]["collector"]["seed"] for name in ("data", "explore")]
+    seeds = [
+        runs.read_json(out / name / "meta.json")["writers"][-1]["collector"]["seed"] for name in ("data", "explore")
+    ]
     assert seeds == [0, 2]
 
 

@@ -1,9 +1,10 @@
 """Says on nine tasks whether it helps: `python runs/suite/suite.py`, again to go on, `--small` for a first look.
 
-For each task data are collected and an encoder or an explorer is trained, without reward. On the first task of each
-group every arm is tuned: all candidates for its settings, with seeds of their own. Then each task is learnt by every
-arm, with the settings that suited it best. The scores of a task that is done lie in `results/`, which is all that has
-to be kept; `results/suite.md` sets ours beside the best baseline of every task, and `results/report.html` has the rest.
+For each task data are collected and an encoder, an explorer or both are trained, without reward. On the first task of
+each group every arm is tuned: all candidates for its settings, with seeds of their own. Then each task is learnt by
+every arm, with the settings that suited it best. The scores of a task that is done lie in `results/`, which is all that
+has to be kept; `results/suite.md` sets ours beside the best baseline of every task, and `results/report.html` has the
+rest.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class TaskPlan:
     steps: int
     """With reward, of every arm."""
     threshold: float
+    explore: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What of the group's `explore` is different here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +54,11 @@ class Group:
     arms: list[Any]
     finetune: dict[str, Any]
     candidates: dict[str, dict[str, Any]]
-    """Settings of the algorithm that are tried for every arm."""
+    """Settings of the algorithm that are tried for every arm; one is taken as it is."""
     tasks: dict[str, TaskPlan]
     pretrain: dict[str, Any] | None = None
+    explore: dict[str, Any] | None = None
+    """Exploring once more, in the features of the encoder; else arms start from what explored at first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +114,20 @@ class Work:
     def __init__(self, plan: Plan, out: Path, results: Path) -> None:
         self.plan, self.out, self.results = plan, out, results
 
+    def without_reward(self, name: str, group: Group) -> dict[str, Path]:
+        """Returns what is learnt of a task without reward: what `finetune` takes as `encoder` and `explorer`."""
+        task, folder, learnt = group.tasks[name], self.out / name, {}
+        rlrep.collect(task.env, out=folder / "data", **group.collect)
+        if group.pretrain is not None:
+            learnt["encoder"] = folder / "pretrain"
+            rlrep.pretrain(folder / "data", out=folder / "pretrain", **group.pretrain)
+        if group.explore is not None:
+            # Other environments than the first time, which has seed 0.
+            options = {"features": folder / "pretrain", "seed": 1, **group.explore, **task.explore}
+            learnt["explorer"] = folder / "explore"
+            rlrep.collect(task.env, out=folder / "explore", **options)
+        return learnt or {"explorer": folder / "data"}
+
     def learn(self, place: str, name: str, group: Group, arms: list[dict[str, Any]], seeds: list[int]) -> Path:
         """Trains arms on a task unless their scores are there, and returns the folder of these."""
         kept, task = self.results / place, group.tasks[name]
@@ -119,14 +138,6 @@ class Work:
             if different := [key for key, value in asked.items() if found[key] != value]:
                 sys.exit(f"the scores in {kept} are of other {' and '.join(different)}: take that folder away first")
         else:
-            folder = self.out / name
-            data = rlrep.collect(task.env, out=folder / "data", **group.collect)
-            options: dict[str, Any] = {}
-            if group.pretrain is not None:
-                rlrep.pretrain(data, out=folder / "pretrain", **group.pretrain)
-                options["encoder"] = folder / "pretrain"
-            else:
-                options["explorer"] = folder / "data"
             made = rlrep.finetune(
                 task.env,
                 out=self.out / place / "finetune",
@@ -134,7 +145,7 @@ class Work:
                 seeds=seeds,
                 steps=task.steps,
                 threshold=task.threshold,
-                **options,
+                **self.without_reward(name, group),
                 **group.finetune,
             )
             if not runs.read_json(made / runs.RECORD)["finished"]:
@@ -147,6 +158,9 @@ class Work:
     def tuned(self, of: str) -> list[dict[str, Any]]:
         """Returns the arms of a group, each with the settings that suited it best on the group's first task."""
         group, arms = self.plan.groups[of], []
+        if len(group.candidates) == 1:
+            (only,) = group.candidates.values()
+            return [{**arm, "settings": {**arm.get("settings", {}), **only}} for arm in map(named, group.arms)]
         tried = [
             {**arm, "name": f"{arm['name']} {name}", "settings": {**arm.get("settings", {}), **settings}}
             for arm in map(named, group.arms)
@@ -240,15 +254,21 @@ def _ratio(arm: ArmSummary) -> str:
     return f"{bound}{found.point:.1f} ({found.low:.1f} to {found.high:.1f})"
 
 
-def main(small: bool = False, out: Path = HERE / "out", results: Path = HERE / "results") -> None:
+def main(
+    small: bool = False,
+    plan_file: Path = HERE / "suite.yaml",
+    out: Path = HERE / "out",
+    results: Path = HERE / "results",
+) -> None:
     """Does what is missing of the suite, and reports.
 
     Args:
         small: A task of each group, with fewer seeds, candidates and rewarded steps; its results lie in `small/`.
+        plan_file: What to do.
         out: Data, encoders and unfinished runs; may be thrown away.
         results: Scores of what is done, and the reports.
     """
-    plan = load_yaml(Plan, HERE / "suite.yaml")
+    plan = load_yaml(Plan, plan_file)
     if small:
         plan, out, results = plan.shortened(), out / "small", results / "small"
     Work(plan, out, results).run()
