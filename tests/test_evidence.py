@@ -44,18 +44,24 @@ def test_objectives_are_compared(tmp_path: Path) -> None:
             "scratch": {},
             "inverse": {"objectives": ["inverse"]},
             "inverse, all tasks": {"objectives": ["inverse"], "data": "all"},
+            "explored": {
+                "objectives": ["inverse"],
+                "kind": "warm-actor",
+                "explore": {"explorer": "count", "steps": 128, "n_envs": 4, "settings": PPO},
+            },
         },
     }
     text = script("objectives/compare.py", plan, tmp_path)
     cells = runs.read_jsonl(tmp_path / "results" / "cells.jsonl")
     # A baseline has a cell a seed; encoders share the seeds out.
-    arms = ("inverse", "inverse, all tasks", "scratch")
+    arms = ("explored", "inverse", "inverse, all tasks", "scratch")
     assert sorted((cell["arm"], *cell["seeds"]) for cell in cells) == [(arm, seed) for arm in arms for seed in (0, 1)]
     assert [cell["pretrain_seed"] for cell in cells if cell["arm"] == "scratch"] == [None, None]
     assert all([steps for steps, _ in curve] == [64, 128] for cell in cells for curve in cell["curves"].values())
-    own, mixed = ({c["encoder_digest"] for c in cells if c["arm"] == arm} for arm in arms[:2])
+    own, mixed = ({c["encoder_digest"] for c in cells if c["arm"] == arm} for arm in arms[1:3])
     assert own == mixed, "of one task, all tasks are the same data"
-    assert "6 of 6 cells" in text
+    assert "8 of 8 cells" in text
+    assert "300 of each task, and 128 more before those of explored." in text
     (tmp_path / "results" / "cells.jsonl").write_text("".join(f"{line}\n" for line in _lines(tmp_path)[:-1]))
     assert "[1/1]" in script("objectives/compare.py", plan, tmp_path), "it did not go on with what was missing"
 

@@ -54,8 +54,12 @@ class Plan:
     pretrain_seeds: list[int]
     finetune: dict[str, Any]
     arms: dict[str, dict[str, Any]]
-    """Settings of `finetune`'s arm; one with `objectives` is pre-trained, on the data of its task or on `all`."""
+    """Settings of `finetune`'s arm; one with `objectives` is pre-trained, on the data of its task or on `all`; with
+    `explore`, settings of `collect`, it starts from what then explored in the features of its encoder."""
 
+
+BEFORE = ("objectives", "data", "explore")
+"""What an arm does before it is paid."""
 
 Cell = dict[str, Any]
 """`task`, `arm`, `pretrain_seed` (None for baselines) and PPO's `seeds`; when done, its results."""
@@ -136,7 +140,8 @@ def run_cell(job: Mapping[str, Any], send: Send) -> Cell:
     plan, out = job["plan"], job["out"]
     cell = {name: job[name] for name in ("task", "arm", "pretrain_seed", "seeds")}
     task, seeds = cell["task"], cell["seeds"]
-    options = {name: value for name, value in plan.arms[cell["arm"]].items() if name not in ("objectives", "data")}
+    options = {name: value for name, value in plan.arms[cell["arm"]].items() if name not in BEFORE}
+    learnt: dict[str, Any] = {}
     if "objectives" in plan.arms[cell["arm"]]:
         encoder, facts = train_encoder(plan, out, cell)
     else:
@@ -144,11 +149,16 @@ def run_cell(job: Mapping[str, Any], send: Send) -> Cell:
         space = rlrep.Dataset(data_folder(out, task)).observation_space
         torch.manual_seed(0)
         encoder, facts = rlrep.make_encoder(plan.pretrain["encoder"], space), {}
+    if explore := plan.arms[cell["arm"]].get("explore"):
+        learnt["explorer"] = cell_folder(out, cell) / "explore"
+        # Other environments than those of the data, and than another encoder's.
+        seed = 1 + cell["pretrain_seed"]
+        rlrep.collect(task, out=learnt["explorer"], features=encoder, seed=seed, **explore)
     arms = [{"kind": "frozen" if facts else cell["arm"], **options, "name": cell["arm"]}]
     asked = dataclasses.asdict(plan.tasks[task])
     settings = {**plan.finetune, **asked, "arms": arms, "seeds": seeds}
     folder = cell_folder(out, cell) / "finetune"
-    rewarded = rlrep.finetune(task, out=folder, encoder=encoder, n_workers=1, **settings)
+    rewarded = rlrep.finetune(task, out=folder, encoder=encoder, n_workers=1, **learnt, **settings)
     rows = runs.read_jsonl(rewarded / "scores.jsonl")
     curves = {str(of): [[row["steps"], row["return"]] for row in rows if row["seed"] == of] for of in seeds}
     return {
@@ -258,6 +268,11 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
     """Returns the tables in Markdown: of arms, the quickest first, and of tasks."""
     best = best_from_scratch(plan, done)
     untrained = next((arm for arm, options in plan.arms.items() if options.get("kind", arm) == "random-frozen"), None)
+    explored = "".join(
+        f", and {options['explore']['steps']:,} more before those of {arm}"
+        for arm, options in plan.arms.items()
+        if "explore" in options
+    )
     lines = [
         "# Objectives, compared",
         "",
@@ -267,7 +282,7 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         "intervals: over the best arm from scratch of each task (`*` below), picked after the fact by these very runs, "
         "which favours it, and over the features of an untrained encoder. Where runs did not get there they are "
         "bounds. Intervals take all runs of an arm for independent, though several share an encoder. Steps without "
-        f"reward before all runs of a pre-trained arm: {plan.collect['steps']:,} of each task.",
+        f"reward before all runs of a pre-trained arm: {plan.collect['steps']:,} of each task{explored}.",
         "",
         "| arm | solved | steps | over scratch | over untrained | effective rank | mean probe | pre-training, s "
         "| PPO, s a run |",
