@@ -27,6 +27,7 @@ from rlrep.recipe import load_recipe, run
 from rlrep.sb3 import policy_kwargs
 from rlrep.transfer import Auxiliary, Unfreeze
 from rlrep.types import Batch, Episode, RlrepError, Transition
+from rlrep.warm import CriticFirst, warm_start
 
 __version__ = _version("rlrep")
 
@@ -35,6 +36,7 @@ __all__ = [
     "Batch",
     "BeliefPolicy",
     "Bonus",
+    "CriticFirst",
     "Dataset",
     "DatasetWriter",
     "DreamVecEnv",
@@ -66,4 +68,5 @@ __all__ = [
     "probe_memory",
     "report",
     "run",
+    "warm_start",
 ]

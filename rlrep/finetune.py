@@ -314,8 +314,9 @@ def finetune(
             load_world_model(belief)
     network, acted_on = None, None
     if explored is not None:
-        starts = {arm.name: cast(Start, arm.kind) for arm in parsed if arm.kind in WARM}
-        asked = {arm.name: {**(settings or {}), **arm.settings}.get("policy_kwargs") or {} for arm in parsed}
+        warm = {f"arm {arm.name!r}": arm for arm in parsed if arm.kind in WARM}
+        starts = {name: cast(Start, arm.kind) for name, arm in warm.items()}
+        asked = {name: {**(settings or {}), **arm.settings}.get("policy_kwargs") or {} for name, arm in warm.items()}
         acted_on = _acted_on(explored, pretrained, belief)
         seen = space if acted_on is None else features_space(acted_on)
         network = check_explorer(explored, starts, algorithm, asked, seen, action_space)
@@ -468,9 +469,8 @@ def _build(
         model.set_random_seed(job["seed"])
         return model, evaluation
     if arm.explored:
-        start = cast(Start, arm.kind)
-        options = {"policy_kwargs": extra, "seed": job["seed"], "device": device, "settings": settings}
-        return warm_start(start, explorer, name, env, **options), evaluation
+        options = {"start": cast(Start, arm.kind), "policy_kwargs": extra, "seed": job["seed"], "device": device}
+        return warm_start(explorer, env, name, **options, **settings), evaluation
     if not on_features:
         mode: Literal["finetune", "scratch"] = "finetune" if arm.pretrained else "scratch"
         shift = arm.shift if arm.kind == "augment" else 0

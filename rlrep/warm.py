@@ -138,9 +138,9 @@ def check_explorer(
 
     Args:
         explorer: Where they start.
-        starts: How, by the name of the arm.
+        starts: How, by what errors call it, such as "arm 'warm-actor'".
         algorithm: What trains them.
-        policy_kwargs: Those asked for, by the name of the arm.
+        policy_kwargs: Those asked for, by the same names.
         observation_space: What the explorer is to see: the environment's, or an encoder's features.
         action_space: The environment's.
 
@@ -158,25 +158,25 @@ def check_explorer(
             theirs, known = type(model).__name__, [name for name in algorithms() if _actor_critic(name)]
             culprit = f"explorer is of {theirs}" if _actor_critic(algorithm) else f"algorithm is {algorithm!r}"
             raise RlrepError(
-                f"arm {name!r} needs a policy with an actor that draws actions and a critic, and the {culprit}; "
+                f"{name} needs a policy with an actor that draws actions and a critic, and the {culprit}; "
                 f"those of {', '.join(known)} have them"
             )
         if memory != own_memory or (memory and start == "warm-logits"):
             has = "has a memory" if memory else "has no memory"
             raise RlrepError(
-                f"arm {name!r} cannot start {algorithm!r} from an explorer that {has} (of {type(model).__name__}): "
+                f"{name} cannot start {algorithm!r} from an explorer that {has} (of {type(model).__name__}): "
                 "let one without memory start one without, or 'warm-actor' a 'recurrentppo' from a 'recurrentppo'"
             )
         if start == "warm-logits" and not isinstance(action_space, gym_spaces.Discrete):
             raise SpaceError(
-                f"arm {name!r} adds logits, and actions of {action_space} have none: use 'warm-actor', or an "
+                f"{name} adds logits, and actions of {action_space} have none: use 'warm-actor', or an "
                 "environment with Discrete actions"
             )
         layers = _layers(model)
         for key, value in policy_kwargs.get(name, {}).items():
             if key in layers and value != layers[key]:
                 raise ValueError(
-                    f"arm {name!r} has the layers of its explorer, {key}={layers[key]}, and cannot have {key}={value}: "
+                    f"{name} has the layers of its explorer, {key}={layers[key]}, and cannot have {key}={value}: "
                     "give that to `collect`, or leave it out"
                 )
     extractor = getattr(model.policy, "features_extractor", None)
@@ -196,28 +196,51 @@ def _layers(model: BaseAlgorithm) -> dict[str, Any]:
 
 
 def warm_start(
-    start: Start,
-    explorer: Explorer,
-    algorithm: str,
+    explorer: str | Path | Explorer,
     env: VecEnv,
+    algorithm: str = "ppo",
     *,
-    policy_kwargs: Mapping[str, Any],
-    seed: int,
-    device: str,
-    settings: Mapping[str, Any],
+    start: Start = "warm-actor",
+    policy_kwargs: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    **settings: Any,
 ) -> BaseAlgorithm:
-    """Returns an algorithm whose policy starts from an explorer that `check_explorer` let pass.
+    """Returns an algorithm whose policy starts where an explorer ended, to be trained with reward by its `learn`.
+
+    Values are estimated anew, and at first by noise, which can ruin the actor in a few updates: `learn` with
+    `CriticFirst(steps)` as a callback.
 
     Args:
-        start: `warm-actor` or `warm-logits`.
-        explorer: Where it starts.
-        algorithm: What trains it.
-        env: Environments with the explorer's observations and actions.
+        explorer: Folder of a dataset that a bonus collected, or the zip of a policy; see `load_explorer`.
+        env: Environments with the explorer's observations and actions; one that explored in an encoder's features needs
+            `LatentVecEnv` with that encoder around them.
+        algorithm: What trains it, by its name in Stable-Baselines3 or sb3-contrib.
+        start: `warm-actor`, a copy of the explorer's actor, or `warm-logits`, a fresh policy to whose logits those of
+            the explorer, frozen, are added.
         policy_kwargs: Of the policy, beside its layers, which are the explorer's.
         seed: Of what is fresh.
         device: Where it computes.
-        settings: Further arguments of the algorithm.
+        **settings: Further arguments of the algorithm.
+
+    Raises:
+        SpaceError: The environments give other observations, or features of another encoder, or take other actions.
+        RlrepError: There is no explorer, or the algorithm cannot start from it.
+        ValueError: `policy_kwargs` ask for other layers.
     """
+    explorer = explorer if isinstance(explorer, Explorer) else load_explorer(explorer)
+    extra = dict(policy_kwargs or {})
+    if explorer.features is not None:
+        digest, found = explorer.features["digest"], getattr(env.observation_space, "encoder_digest", None)
+        if found != digest:
+            there = f"those of one with digest {found[:12]}" if found else "none"
+            raise SpaceError(
+                f"explorer {explorer.record['name']!r} acts on the features of encoder {explorer.features['name']!r} "
+                f"with digest {digest[:12]}, and the environments give {there}: use LatentVecEnv(venv, encoder) with "
+                "the encoder that it explored with"
+            )
+    who = "a warm start"
+    check_explorer(explorer, {who: start}, algorithm, {who: extra}, env.observation_space, env.action_space)
     model, cls = explorer.load(device), get_algorithm(algorithm)
     layers = _layers(model)
     policy: Any = policy_name(cls, env.observation_space)
@@ -225,7 +248,7 @@ def warm_start(
         policy = _added_logits(cls.policy_aliases[policy])
         layers = _beside(layers, cast(gym_spaces.Discrete, env.action_space))
     build = cast(Callable[..., BaseAlgorithm], cls)
-    warm = build(policy, env, policy_kwargs={**policy_kwargs, **layers}, seed=seed, device=device, **settings)
+    warm = build(policy, env, policy_kwargs={**extra, **layers}, seed=seed, device=device, **settings)
     if start == "warm-logits":
         for module in warm.policy.modules():
             if isinstance(module, BesideExplorer):

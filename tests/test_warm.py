@@ -25,6 +25,7 @@ from rlrep.collect import collect
 from rlrep.encoders import load_encoder, make_encoder
 from rlrep.evaluate.comparison import read_task
 from rlrep.finetune import SCORES, Arm, _run_job, finetune
+from rlrep.latent import LatentVecEnv
 from rlrep.recipe import load_recipe, run
 from rlrep.sb3 import get_algorithm, policy_kwargs
 from rlrep.settings import SettingsError, changed
@@ -63,8 +64,7 @@ def trained(path: Path, env: VecEnv, algorithm: str = "ppo", **extra: Any) -> Ex
 
 def started(start: Any, explorer: Explorer, env: VecEnv, algorithm: str = "ppo", **extra: Any) -> BaseAlgorithm:
     settings = {"n_steps": 16} | ({} if algorithm == "a2c" else {"batch_size": 16, "n_epochs": 1})
-    check_explorer(explorer, {start: start}, algorithm, {}, env.observation_space, env.action_space)
-    return warm_start(start, explorer, algorithm, env, policy_kwargs=extra, seed=3, device="cpu", settings=settings)
+    return warm_start(explorer, env, algorithm, start=start, policy_kwargs=extra, seed=3, device="cpu", **settings)
 
 
 def observations(model: BaseAlgorithm) -> Any:
@@ -266,6 +266,30 @@ def test_a_recipe_explores_in_the_features_it_learnt(tmp_path: Path, monkeypatch
         runs.read_json(out / name / "meta.json")["writers"][-1]["collector"]["seed"] for name in ("data", "explore")
     ]
     assert seeds == [0, 2]
+
+
+def test_an_agent_of_ones_own_starts_from_what_explored(in_features: tuple[Path, Path]) -> None:
+    encoder, explored = in_features
+    env = make_vec_env(SPEC, 4)
+    latent = LatentVecEnv(env, encoder)
+    agent = warm_start(explored, latent, seed=0, **PPO_SETTINGS)
+    assert isinstance(agent, PPO)
+    source = load_explorer(explored).load()
+    obs = agent.policy.obs_to_tensor(latent.reset())[0]
+    before = agent.policy.get_distribution(obs).distribution.logits.detach()
+    torch.testing.assert_close(source.policy.get_distribution(obs).distribution.logits, before)
+    agent.learn(64, callback=CriticFirst(64))
+    torch.testing.assert_close(agent.policy.get_distribution(obs).distribution.logits, before)
+    agent.learn(64)
+    assert not torch.equal(agent.policy.get_distribution(obs).distribution.logits, before)
+
+    other = make_encoder("grid:features_dim=16", env.observation_space)
+    with pytest.raises(SpaceError, match="and the environments give those of one with digest"):
+        warm_start(explored, LatentVecEnv(env, other))
+    with pytest.raises(SpaceError, match=r"and the environments give none: use LatentVecEnv\(venv, encoder\)"):
+        warm_start(explored, env)
+    with pytest.raises(ValueError, match="a warm start has the layers of its explorer"):
+        warm_start(explored, latent, policy_kwargs={"net_arch": [8]})
 
 
 def test_an_explorer_in_features_starts_on_the_same_features(
