@@ -158,7 +158,7 @@ def collect(
     if n_workers > 1 or ray is not None:
         return _side_by_side(call, Path(out), n_workers, ray)
     if overwrite and check_ours(Path(out)):
-        _try_out(call)
+        try_out(call)
         _throw_away(Path(out))
     return _collect(**call)[0]
 
@@ -317,8 +317,12 @@ def _check_layout(out: Path, n_workers: int, overwrite: bool) -> None:
         )
 
 
-def _try_out(call: Mapping[str, Any]) -> None:
-    """Collects a step into a folder of its own, so that all that can be wrong is found before anything is touched."""
+def try_out(call: Mapping[str, Any]) -> None:
+    """Collects a step into a folder of its own, so that all that can be wrong is found before anything is touched.
+
+    Args:
+        call: Arguments of `collect`, all but those that say where it happens.
+    """
     with tempfile.TemporaryDirectory(prefix="rlrep-") as folder:
         _collect(**{**call, "out": Path(folder) / "data", "steps": 1, "overwrite": False}, follow=lambda steps: None)
 
@@ -341,7 +345,7 @@ def _side_by_side(call: dict[str, Any], out: Path, n_workers: int, ray: str | No
     steps = call["steps"]
     if steps < n_workers:
         raise ValueError(f"steps must be at least 1 for each of the {n_workers} workers, not {steps} in all")
-    _try_out(call)
+    try_out(call)
     if call["overwrite"]:
         _throw_away(out)
     names = [f"worker-{i}" for i in range(n_workers)]

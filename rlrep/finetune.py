@@ -7,7 +7,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -465,9 +465,7 @@ def _build(
         device = "cpu" if device == "auto" else device
     if arm.kind == EXPLORER:
         env.close()
-        model = explorer.load(device)
-        model.set_random_seed(job["seed"])
-        return model, evaluation
+        return explorer.load(device), evaluation
     if arm.explored:
         options = {"start": cast(Start, arm.kind), "policy_kwargs": extra, "seed": job["seed"], "device": device}
         return warm_start(explorer, env, name, **options, **settings), evaluation
@@ -499,11 +497,8 @@ class _Evaluate(BaseCallback):
     def score(self, last: bool) -> None:
         """Evaluates the policy as it is, and sends a row of scores."""
         began = time.perf_counter()
-        # Equal starts and luck at every evaluation and in every arm: what differs is the policy. Policies draw their
-        # actions from torch's own generator, which training must find as it was, or looking at it would change it.
-        device = self.model.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
+        # Equal starts and luck at every evaluation and in every arm: what differs is the policy.
+        with _generators_apart(self.model, self.seed):
             self.evaluation.seed(self.seed)
             found = evaluate_policy(
                 self.model,
@@ -528,6 +523,22 @@ class _Evaluate(BaseCallback):
         }
         self.send(row)
         self.evaluating += time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def _generators_apart(model: BaseAlgorithm, seed: int) -> Iterator[None]:
+    """Seeds what policies draw actions from, and leaves it as it was: looking at a training does not change it."""
+    device, of_actions = model.device, model.action_space.np_random.bit_generator.state
+    of_numpy = np.random.get_state()  # noqa: NPY002 (SB3's own)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            torch.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            model.action_space.seed(seed)
+            yield
+        finally:
+            np.random.set_state(of_numpy)  # noqa: NPY002
+            model.action_space.np_random.bit_generator.state = of_actions
 
 
 def _spaces(spec: EnvSpec) -> tuple[Space, Space]:

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlrep_envs import make_vec_env
 from tqdm import tqdm
 
 from rlrep import runs
-from rlrep.collect import collect
-from rlrep.dataset import open_dataset
-from rlrep.encoders import Encoder, WorldModel, load_belief
+from rlrep.collect import collect, try_out
+from rlrep.dataset import COMMIT, open_dataset
+from rlrep.encoders import Encoder, WorldModel, load_belief, make_encoder
 from rlrep.encoders.recurrent import BELIEF
 from rlrep.evaluate.dreams import DREAMS, dream
 from rlrep.evaluate.memory import SEEN, probe_memory
@@ -36,7 +37,7 @@ from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml, setting
 from rlrep.types import RlrepError, RunError
 from rlrep.warm import load_explorer
 
-RECIPE, LOG = "recipe.yaml", "log.txt"
+RECIPE, LOG, EXPLORED = "recipe.yaml", "log.txt", "explore"
 
 # A stage's settings are the keywords of its function: stated there, once.
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Recipe:
     """Learning an encoder from what was collected."""
     explore: Explore = dataclasses.field(default_factory=Explore)
     """Exploring once more, in the features of that encoder: arms that start from what explored then start from this.
-    With `steps: 0` this is left out."""
+    With `steps: 0` this is left out; `seed` counts on from that of the last round."""
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
     """Policies trained with reward, on that encoder and without it, or started from what explored."""
     rounds: int = 1
@@ -82,6 +83,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise SettingsError(f"rounds must be at least 1, not {self.rounds}")
+        if self.explore.steps < 0:
+            raise SettingsError(f"explore.steps must not be negative, and it is {self.explore.steps}")
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -113,7 +116,8 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
 
     Raises:
         SettingsError: Policies are to start from an explorer, and there are several, or it learns nothing.
-        RunError: They are to, and what explored in `data` learnt nothing; or there is a report that is not by rlrep.
+        RunError: They are to, and what explored in `data` learnt nothing, or they have, and now from another; or there
+            is a report that is not by rlrep.
     """
     out = Path(out)
     check_free(out)
@@ -128,6 +132,9 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
     warm = [arm.name for arm in arms if arm.explored]
     if warm:
         _check_explorer(recipe, warm[0], data)
+    exploring = dict(vars(recipe.explore)) | {"seed": recipe.explore.seed + recipe.rounds}
+    if recipe.explore.steps:
+        _check_exploring(recipe, out, started=bool(warm) and not overwrite)
     folders = [] if data is None else [Path(data)]
     encoder: Encoder | None = None
     n = 5 if recipe.explore.steps else 4
@@ -148,11 +155,9 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
         _look_at_memory(trained, folders, recipe.pretrain.held_out, recipe.pretrain.seed)
     explored = folders[0]
     if recipe.explore.steps:
-        explored = out / "explore"
-        options = dict(vars(recipe.explore)) | {"features": encoder}
+        explored = out / EXPLORED
         print(f"[3/{n}] explore: {recipe.explore.steps:,} steps without reward, in features of {trained} -> {explored}")
-        options["seed"] += recipe.rounds
-        collect(recipe.env, out=explored, overwrite=overwrite, **options)
+        collect(recipe.env, out=explored, overwrite=overwrite, features=encoder, **exploring)
         folders.append(explored)
     n_runs = len(recipe.finetune.arms) * len(recipe.finetune.seeds)
     print(f"[{n - 1}/{n}] finetune: {n_runs} runs of {recipe.finetune.steps:,} steps with reward -> {out / 'finetune'}")
@@ -207,6 +212,25 @@ def _check_explorer(recipe: Recipe, arm: str, data: str | Path | None) -> None:
                 f"arm {arm!r} starts from the explorer of this recipe, and with {name}: {number} there are as many; "
                 "make it 1, or leave the arm out"
             )
+
+
+def _check_exploring(recipe: Recipe, out: Path, started: bool) -> None:
+    """Finds out what would else be found after collecting and pre-training; `started` says whether policies start."""
+    env = make_vec_env(recipe.env)
+    env.close()
+    encoder = make_encoder(recipe.pretrain.encoder, env.observation_space, env.action_space)
+    where = {"out", "n_workers", "ray"}
+    options = {name: value for name, value in vars(recipe.explore).items() if name not in where}
+    try_out({**options, "env": recipe.env, "features": encoder})
+    commit = (
+        runs.read_json(out / EXPLORED / COMMIT) if (out / EXPLORED / COMMIT).exists() else {"rows": 0, "episodes": 0}
+    )
+    done = commit["rows"] - commit["episodes"] >= recipe.explore.steps
+    if started and not done and (out / "finetune" / runs.RECORD).exists():
+        raise RunError(
+            f"{out / 'finetune'} has policies that started elsewhere than from what is now to be explored in "
+            f"{out / EXPLORED}: take that folder away first, or choose another --out"
+        )
 
 
 def _learns_nothing(explorer: str | Mapping[str, Any]) -> bool:
@@ -275,7 +299,8 @@ def sweep(
         collect(recipe.env, out=data, overwrite=overwrite, **vars(on_ray(recipe, ray).collect))
     cores = n_workers or len(os.sched_getaffinity(0))
     # A recipe holds a core of the cluster: if its policies waited there for cores of their own, all could wait forever.
-    inner = {"finetune.ray": None, "finetune.n_workers": 1 if ray else max(1, cores // len(named))}
+    alone = dict.fromkeys(("collect.ray", "explore.ray", "finetune.ray"))
+    inner = {**alone, "finetune.n_workers": 1 if ray else max(1, cores // len(named))}
     for name, each in named.items():
         runs.write_atomically(out / name / RECIPE, functools.partial(Path.write_text, data=dump_yaml(each)))
     jobs = [{"out": out / name, "inner": inner, "data": data, "overwrite": overwrite} for name in named]

@@ -11,7 +11,7 @@ import hashlib
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from gymnasium import spaces as gym_spaces
@@ -20,7 +20,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import Tensor, nn
 
 from rlrep import runs
@@ -28,7 +28,8 @@ from rlrep.collect import EXPLORER, POLICY
 from rlrep.dataset import COMMIT, META, PARTS
 from rlrep.encoders import Encoder
 from rlrep.explore.policy import check_spaces, load_policy
-from rlrep.sb3 import EncoderExtractor, algorithms, get_algorithm, policy_name
+from rlrep.registry import nearest
+from rlrep.sb3 import EncoderExtractor, algorithms, check_settings, get_algorithm, policy_name
 from rlrep.types import RlrepError, RunError, SpaceError, Tree
 
 Start = Literal["warm-actor", "warm-logits"]
@@ -47,6 +48,9 @@ LAYERS = (
     "activation_fn",
 )
 """The `policy_kwargs` that say what a policy is made of; a warm-started one has the explorer's."""
+
+LATER = "rlrep_critic_first"
+"""Marks parameters that `CriticFirst` has frozen for an update."""
 
 RECURRENT = ("lstm_hidden_size", "n_lstm_layers", "shared_lstm", "enable_critic_lstm", "lstm_kwargs")
 """The same of sb3-contrib's recurrent policies."""
@@ -212,7 +216,8 @@ def warm_start(
     `CriticFirst(steps)` as a callback.
 
     Args:
-        explorer: Folder of a dataset that a bonus collected, or the zip of a policy; see `load_explorer`.
+        explorer: Folder of a dataset that a bonus collected, or the zip of a policy that SB3 saved. Loading unpickles
+            parts of it, as SB3 always does: only of files that you trust.
         env: Environments with the explorer's observations and actions; one that explored in an encoder's features needs
             `LatentVecEnv` with that encoder around them.
         algorithm: What trains it, by its name in Stable-Baselines3 or sb3-contrib.
@@ -226,22 +231,23 @@ def warm_start(
     Raises:
         SpaceError: The environments give other observations, or features of another encoder, or take other actions.
         RlrepError: There is no explorer, or the algorithm cannot start from it.
-        ValueError: `policy_kwargs` ask for other layers.
+        ValueError: `policy_kwargs` ask for other layers, or there is no such start or setting.
+        TypeError: `env` is no `VecEnv`.
     """
+    if not isinstance(env, VecEnv):
+        raise TypeError(
+            f"a warm start needs SB3's vectorised environments, not {type(env).__name__}: use rlrep.make_vec_env, or "
+            "DummyVecEnv([lambda: env])"
+        )
+    if start not in get_args(Start):
+        known = get_args(Start)
+        raise ValueError(f"start must be {' or '.join(known)}, not {start!r}.{nearest(str(start), known)}")
+    cls = get_algorithm(algorithm)
+    check_settings(cls, settings)
     explorer = explorer if isinstance(explorer, Explorer) else load_explorer(explorer)
-    extra = dict(policy_kwargs or {})
-    if explorer.features is not None:
-        digest, found = explorer.features["digest"], getattr(env.observation_space, "encoder_digest", None)
-        if found != digest:
-            there = f"those of one with digest {found[:12]}" if found else "none"
-            raise SpaceError(
-                f"explorer {explorer.record['name']!r} acts on the features of encoder {explorer.features['name']!r} "
-                f"with digest {digest[:12]}, and the environments give {there}: use LatentVecEnv(venv, encoder) with "
-                "the encoder that it explored with"
-            )
-    who = "a warm start"
+    model, extra, who = explorer.load(device), dict(policy_kwargs or {}), "a warm start"
+    _check_features(explorer, model, env)
     check_explorer(explorer, {who: start}, algorithm, {who: extra}, env.observation_space, env.action_space)
-    model, cls = explorer.load(device), get_algorithm(algorithm)
     layers = _layers(model)
     policy: Any = policy_name(cls, env.observation_space)
     if start == "warm-logits":
@@ -256,6 +262,28 @@ def warm_start(
     else:
         copy_actor(model.policy, warm.policy)
     return warm
+
+
+def _check_features(explorer: Explorer, model: BaseAlgorithm, env: VecEnv) -> None:
+    """Raises unless the environments give the features that an explorer acted on, if it did on an encoder's."""
+    name = explorer.record["name"]
+    # A zip knows its encoder by the space of its features.
+    digest = (explorer.features or {}).get("digest") or getattr(model.observation_space, "encoder_digest", None)
+    if digest is None:
+        return
+    found = getattr(env.observation_space, "encoder_digest", None)
+    if found != digest:
+        there = f"those of one with digest {found[:12]}" if found else "none"
+        raise SpaceError(
+            f"explorer {name!r} acts on the features of an encoder with digest {digest[:12]}, and the environments "
+            f"give {there}: use LatentVecEnv(venv, encoder) with the encoder that it explored with"
+        )
+    normalised = unwrap_vec_normalize(env)
+    if normalised is not None and normalised.norm_obs:
+        raise SpaceError(
+            f"explorer {name!r} acts on features as they are, and the environments normalise them: use "
+            "VecNormalize(LatentVecEnv(venv, encoder), norm_obs=False)"
+        )
 
 
 def copy_actor(source: BasePolicy, target: BasePolicy) -> None:
@@ -287,22 +315,40 @@ class CriticFirst(BaseCallback):
     A fresh critic's first advantages are noise, and an explorer's actor does not survive many updates by them.
 
     Args:
-        steps: Environment steps during which only what estimates values is trained.
+        steps: Environment steps from which only what estimates values is learnt; rollouts that begin among them are
+            among them.
+
+    Raises:
+        ValueError: `steps` is negative.
+        RlrepError: When `learn` begins: the policy has no critic apart from its actor.
     """
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        self.steps = steps
+        if steps < 0:
+            raise ValueError(f"CriticFirst(steps) must not be negative, and it is {steps}")
+        self.steps, self._began = steps, 0
         self._actor: list[nn.Parameter] = []
 
     def _on_training_start(self) -> None:
-        named = self.model.policy.named_parameters()
-        self._actor = [p for name, p in named if p.requires_grad and not name.startswith(CRITIC)]
-        self._train(self.steps <= 0)
+        policy = self.model.policy
+        if not isinstance(policy, ActorCriticPolicy):
+            raise RlrepError(
+                f"CriticFirst needs a policy of PPO's kind, and {type(self.model).__name__}'s has no critic apart from "
+                "its actor: leave it out"
+            )
+        # What an interruption left frozen is one's own too.
+        mine = [p for name, p in policy.named_parameters() if not name.startswith(CRITIC)]
+        self._actor = [p for p in mine if p.requires_grad or getattr(p, LATER, False)]
+        self._train(True)
+
+    def _on_rollout_start(self) -> None:
+        self._began = self.num_timesteps
+        self._train(True)
 
     def _on_rollout_end(self) -> None:
         # What was collected is learnt from now.
-        self._train(self.num_timesteps > self.steps)
+        self._train(self._began >= self.steps)
 
     def _on_training_end(self) -> None:
         self._train(True)
@@ -313,6 +359,7 @@ class CriticFirst(BaseCallback):
     def _train(self, actor: bool) -> None:
         for parameter in self._actor:
             parameter.requires_grad_(actor)
+            setattr(parameter, LATER, not actor)
 
 
 class BesideExplorer(BaseFeaturesExtractor):

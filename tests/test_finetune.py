@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,12 +118,17 @@ def test_the_same_seed_gives_the_same_scores(encoder: Encoder, tmp_path: Path) -
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("arm", ["scratch", "frozen"])
-def test_how_often_one_looks_changes_nothing(encoder: Encoder, tmp_path: Path, arm: str) -> None:
+DQN = {"name": "scratch", "algorithm": "dqn", "settings": {"learning_starts": 8, "exploration_final_eps": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("arm", "settings"), [("scratch", SMALL["settings"]), ("frozen", SMALL["settings"]), (DQN, {})]
+)
+def test_how_often_one_looks_changes_nothing(encoder: Encoder, tmp_path: Path, arm: Any, settings: dict) -> None:
     found = []
     for every in (64, 128):
-        small = {**SMALL, "eval_every": every, "eval_episodes": 8}
-        out = finetune(SPEC, encoder=encoder, out=tmp_path / f"{arm}-{every}", arms=[arm], seeds=(0,), **small)
+        small = {**SMALL, "eval_every": every, "eval_episodes": 8, "settings": settings}
+        out = finetune(SPEC, encoder=encoder, out=tmp_path / str(every), arms=[arm], seeds=(0,), **small)
         rows = read_jsonl(out / SCORES)
         found.append([(row["steps"], row["return"], row["length"]) for row in rows if row["steps"] % 128 == 0])
     assert found[0] == found[1]

@@ -31,8 +31,9 @@ SMALLER = {
     r"out=\"doorkey/memory\"": 'out="doorkey/memory", updates=2, batch_size=4',
     r"--steps 100000": "--steps 1024",
     r"--out (doorkey/encoder\S*)": r"--out \1 --updates 10 --batch-size 8",
-    r"--seeds 0 1 2": "--seeds 0 --arms frozen --steps 64 --n-envs 2 --eval-every 64 --eval-episodes 1 "
-    "--settings '{n_steps: 16, batch_size: 16}'",
+    r"--arms scratch (warm-actor) explorer (--seeds 0) 1 2": r"\2 --arms \1 --steps 64",
+    r"(--seeds 0) 1 2": r"\1 --arms frozen --steps 64",
+    r"--steps 64": "--steps 64 --n-envs 2 --eval-every 64 --eval-episodes 1 --settings '{n_steps: 16, batch_size: 16}'",
 }
 """What is made smaller, so that the README can be run as a test: numbers of steps, and nothing else of its code."""
 

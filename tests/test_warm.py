@@ -17,9 +17,11 @@ from rlrep_envs import make_vec_env
 from sb3_cases import Noise
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import Tensor
 
+import rlrep
 from rlrep import cli, runs
 from rlrep.collect import collect
 from rlrep.encoders import load_encoder, make_encoder
@@ -27,6 +29,7 @@ from rlrep.evaluate.comparison import read_task
 from rlrep.finetune import SCORES, Arm, _run_job, finetune
 from rlrep.latent import LatentVecEnv
 from rlrep.recipe import load_recipe, run
+from rlrep.registry import SpecError
 from rlrep.sb3 import get_algorithm, policy_kwargs
 from rlrep.settings import SettingsError, changed
 from rlrep.types import RlrepError, RunError, SpaceError
@@ -247,8 +250,15 @@ def test_a_recipe_explores_in_the_features_it_learnt(tmp_path: Path, monkeypatch
         f"settings: {json.dumps(PPO_SETTINGS)}}}\n"
     )
     out, recipe = tmp_path / "out", load_recipe(tmp_path)
-    for change, value, message in (("explorer", "random", "explore.explorer 'random' learns"), ("n_workers", 2, ": 2")):
-        with pytest.raises(SettingsError, match=message):
+    for change, value, message in (
+        ("explorer", "random", "explore.explorer 'random' learns"),
+        ("explorer", "cuont", "Did you mean 'count'"),
+        ("settings", {"n_step": 3}, "Did you mean 'n_steps'"),
+        ("encoder", "gird", "Did you mean 'grid'"),
+        ("n_workers", 2, ": 2"),
+        ("steps", -1, "must not be negative"),
+    ):
+        with pytest.raises((SettingsError, SpecError, ValueError), match=message):
             run(changed(recipe, {f"explore.{change}": value}), out)
     assert not out.exists()
 
@@ -266,6 +276,26 @@ def test_a_recipe_explores_in_the_features_it_learnt(tmp_path: Path, monkeypatch
         runs.read_json(out / name / "meta.json")["writers"][-1]["collector"]["seed"] for name in ("data", "explore")
     ]
     assert seeds == [0, 2]
+
+    # What each arm costs beforehand: two rounds of an hour, pre-training, and three hours of exploring.
+    for name, hours in (("data", 1), ("data-2", 1), ("explore", 3)):
+        metrics = out / name / "explorer" / "metrics.jsonl"
+        rows = [{**row, "seconds": 3600 * hours} for row in runs.read_jsonl(metrics)]
+        metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    rlrep.report(out / "finetune", out=out, overwrite=True, stages=[out])
+    text = (out / "report.md").read_text()
+    lines = [
+        line.split("|") for line in text.split("## Steps and seconds")[1].split("\n## ")[0].splitlines() if "|" in line
+    ]
+    costs = {line[1].strip(): line[5].strip() for line in lines}
+    assert (costs["frozen"], costs["warm-actor"]) == ("2.0 h", "5.0 h")
+    assert "| count |" in text, "what explored is part of what the data cover"
+
+    # Policies that have started are not started elsewhere, and nothing is explored in vain.
+    with pytest.raises(RunError, match="take that folder away first"):
+        run(changed(recipe, {"explore.steps": 640}), out)
+    assert load_explorer(out / "explore").record["reward_free_steps"] == 320
+    assert run(recipe, out)
 
 
 def test_an_agent_of_ones_own_starts_from_what_explored(in_features: tuple[Path, Path]) -> None:
@@ -288,8 +318,45 @@ def test_an_agent_of_ones_own_starts_from_what_explored(in_features: tuple[Path,
         warm_start(explored, LatentVecEnv(env, other))
     with pytest.raises(SpaceError, match=r"and the environments give none: use LatentVecEnv\(venv, encoder\)"):
         warm_start(explored, env)
-    with pytest.raises(ValueError, match="a warm start has the layers of its explorer"):
-        warm_start(explored, latent, policy_kwargs={"net_arch": [8]})
+    for start in (explored / "explorer" / "policy.zip", load_explorer(explored)):
+        with pytest.raises(SpaceError, match="and the environments give those of one with digest"):
+            warm_start(start, LatentVecEnv(env, other))
+    with pytest.raises(SpaceError, match="norm_obs=False"):
+        warm_start(explored, VecNormalize(latent))
+    assert warm_start(explored, VecNormalize(latent, norm_obs=False), **PPO_SETTINGS)
+    for change, error, message in (
+        ({"policy_kwargs": {"net_arch": [8]}}, ValueError, "a warm start has the layers of its explorer"),
+        ({"start": "warm-logit"}, ValueError, "Did you mean 'warm-logits'"),
+        ({"algorithm": "pppo"}, RlrepError, "Did you mean 'ppo'"),
+        ({"n_step": 3}, ValueError, "Did you mean 'n_steps'"),
+        ({"env": SPEC}, TypeError, "rlrep.make_vec_env"),
+    ):
+        with pytest.raises(error, match=message):
+            warm_start(explored, **{"env": latent, **change})
+
+
+def test_the_critic_is_first_for_whole_rollouts_and_what_is_interrupted_thaws() -> None:
+    def actor(model: BaseAlgorithm) -> Tensor:
+        return torch.cat([p.detach().flatten() for n, p in model.policy.named_parameters() if "policy_net" in n])
+
+    class Interrupt(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps > 70:
+                raise KeyboardInterrupt
+            return True
+
+    # A rollout that begins among the first steps belongs to them, however long it is.
+    model = PPO("MlpPolicy", noise(), n_steps=32, batch_size=32, n_epochs=1)
+    before = actor(model)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(256, callback=[CriticFirst(10), Interrupt()])
+    torch.testing.assert_close(actor(model), before)
+    model.learn(64)
+    assert not torch.equal(actor(model), before)
+    with pytest.raises(ValueError, match="must not be negative"):
+        CriticFirst(-1)
+    with pytest.raises(RlrepError, match="DQN's has no critic apart"):
+        DQN("MlpPolicy", noise(), learning_starts=8).learn(16, callback=CriticFirst(8))
 
 
 def test_an_explorer_in_features_starts_on_the_same_features(

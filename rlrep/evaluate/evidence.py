@@ -35,12 +35,18 @@ N_OBSERVATIONS = 1_200
 MOST_FACTORS = 6
 
 
+EXPLORER_KEYS = ("name", "env", "seed", "episodic", "settings", "features", "reward_free_steps")
+"""What tells an explorer's collection from others, in what `finetune` records of it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Evidence:
     """What is left of the stages before a fine-tuning run; empty where nothing was found."""
 
     data: tuple[Path, ...] = ()
     """Dataset folders that the encoder was trained on."""
+    exploring: tuple[Path, ...] = ()
+    """Dataset folder of the explorer that policies start from, one at most; it can be one of the above."""
     pretraining: Path | None = None
     """Run folder of the pre-training."""
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -56,20 +62,22 @@ class Evidence:
 
     @property
     def collect_seconds(self) -> float:
-        """Seconds of collecting, of every worker; NaN where they were not recorded."""
-        clocks = [[row.get("seconds", math.nan) for row in _coverage_rows(part)] for part in self._parts]
-        # A session that resumed another started its clock anew.
-        ends = [now for clock in clocks for now, later in zip(clock, [*clock[1:], 0.0], strict=True) if later < now]
-        return sum(ends) if ends else math.nan
+        """Seconds of collecting what the encoder learnt from, of every worker; NaN where they were not recorded."""
+        return _seconds(_parts(self.data))
 
     @property
-    def _parts(self) -> list[Path]:
-        return [part for folder in self.data for part in parts_of(folder) if isinstance(part, Path)]
+    def explore_seconds(self) -> float:
+        """The same of the explorer."""
+        return _seconds(_parts(self.exploring))
+
+    @property
+    def _all_parts(self) -> list[Path]:
+        return list(dict.fromkeys(_parts([*self.data, *self.exploring])))
 
     def commands(self) -> list[tuple[str, Mapping[str, Any]]]:
         """Returns each stage with its provenance: command, time, commit, versions."""
         found: list[tuple[str, Mapping[str, Any]]] = []
-        for part in self._parts:
+        for part in self._all_parts:
             found += [("collect", writer["provenance"]) for writer in runs.read_json(part / META)["writers"]]
         if self.record:
             found.append(("pretrain", self.record["provenance"]))
@@ -78,7 +86,7 @@ class Evidence:
     def explored(self) -> list[Explored]:
         """Returns what each dataset covers, as collecting it recorded, with the places that were visited."""
         found = []
-        for part in self._parts:
+        for part in self._all_parts:
             if curve := _coverage_rows(part):
                 data = Dataset(part)
                 name = explorer_of(data) or part.name
@@ -100,20 +108,25 @@ def gather(task: Task, stages: Iterable[str | Path] = ()) -> Evidence:
         stages: Folders of datasets, pre-training runs and dreams, or folders that hold some of the first two.
     """
     encoder = task.encoder
-    if not encoder.get("digest"):
-        return Evidence()
     roots = [Path(stage) for stage in stages]
     inside = [path for root in (*roots, task.path.resolve().parent) for path in _folders(root)]
     places = list(dict.fromkeys([*roots, *inside]))
-    data = _find_data(places, encoder.get("data_digest"))
-    for place in places:
+    found = Evidence(tuple(_find_data(places, encoder.get("data_digest"))), _find_explorer(places, task.explorer))
+    for place in places if encoder.get("digest") else ():
         record = _record(place)
         if record.get("results", {}).get("encoder_digest") == encoder["digest"]:
             metrics = runs.read_jsonl(place / "metrics.jsonl")
             dreamt = [path for root in roots if (root / DREAMS).is_file() for path in _pictures(root)]
-            pictures = (*_pictures(place), *dreamt)
-            return Evidence(tuple(data), place, record, metrics, _probes(place), _memory(place), pictures)
-    return Evidence(tuple(data))
+            return dataclasses.replace(
+                found,
+                pretraining=place,
+                record=record,
+                metrics=metrics,
+                probes=_probes(place),
+                memory=_memory(place),
+                pictures=(*_pictures(place), *dreamt),
+            )
+    return found
 
 
 def draw_pretraining(metrics: Sequence[Mapping[str, Any]]) -> Figure:
@@ -261,6 +274,34 @@ def _find_data(places: Sequence[Path], digest: str | None) -> list[Path]:
                 # Someone else's folder beside ours, or data that do not belong together.
                 continue
     return []
+
+
+def _find_explorer(places: Sequence[Path], explorer: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Returns the dataset that an explorer collected: told by how, as its policy cannot be read without unpickling."""
+    for place in places:
+        if not ((place / META).is_file() and (place / COMMIT).is_file()):
+            continue
+        try:
+            collector, counts = runs.read_json(place / META)["writers"][-1]["collector"], runs.read_json(place / COMMIT)
+        except (RlrepError, LookupError, TypeError):
+            continue
+        if isinstance(collector, Mapping):
+            steps = counts["rows"] - counts["episodes"]
+            known = {**collector, "name": collector.get("explorer"), "reward_free_steps": steps}
+            if all(known.get(key) == explorer.get(key) for key in EXPLORER_KEYS):
+                return (place,)
+    return ()
+
+
+def _parts(folders: Iterable[Path]) -> list[Path]:
+    return [part for folder in folders for part in parts_of(folder) if isinstance(part, Path)]
+
+
+def _seconds(parts: Iterable[Path]) -> float:
+    clocks = [[row.get("seconds", math.nan) for row in _coverage_rows(part)] for part in parts]
+    # A session that resumed another started its clock anew.
+    ends = [now for clock in clocks for now, later in zip(clock, [*clock[1:], 0.0], strict=True) if later < now]
+    return sum(ends) if ends else math.nan
 
 
 def _probes(place: Path) -> Mapping[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlrep.evaluate import curves, exploration
-from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, ArmSummary, Run, Task, charged_speed_up, find_baseline
+from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, WARM, ArmSummary, Run, Task, charged_speed_up, find_baseline
 from rlrep.evaluate.evidence import Evidence, draw_features, draw_pretraining
 from rlrep.evaluate.memory import MemoryProbe
 from rlrep.evaluate.page import Picture, Section, Table
@@ -185,8 +185,10 @@ def costs(summary: Summary, evidence: Mapping[str, Evidence]) -> list[Section]:
     """Returns what pre-training cost, in steps and seconds, and how often it must be used to pay."""
     before, time_rows = [], []
     for name, task in summary.folders.items():
-        spent = evidence[name].collect_seconds
-        trained = task.encoder.get("pretrain_seconds")
+        one, trained = evidence[name], task.encoder.get("pretrain_seconds")
+        both = [one.collect_seconds] if one.data else []
+        both += [one.explore_seconds] if set(one.exploring) - set(one.data) else []
+        spent = sum(both) if both else math.nan
         if task.before:
             seconds = "" if math.isnan(spent) else f" in {as_duration(spent)}"
             training = f" and {as_duration(trained)} of pre-training" if isinstance(trained, int | float) else ""
@@ -194,11 +196,15 @@ def costs(summary: Summary, evidence: Mapping[str, Evidence]) -> list[Section]:
                 f"{name}: {task.before} environment steps without reward{seconds}{training}, spent once "
                 f"and shared by all seeds; then {task.budget:,} rewarded steps a run."
             )
-        explored, learnt = (x if isinstance(x, int | float) and not math.isnan(x) else 0.0 for x in (spent, trained))
+        collected, explored, learnt = (
+            x if isinstance(x, int | float) and not math.isnan(x) else 0.0
+            for x in (one.collect_seconds, one.explore_seconds, trained)
+        )
         for arm in task.arms:
             n, steps = len(arm.finished), task.reward_free_steps(arm.kind)
-            encodes = arm.kind in PRETRAINED
-            extra = (explored if encodes or steps else 0.0) + (learnt if encodes else 0.0)
+            explores = arm.kind in (*WARM, EXPLORER)
+            encodes = arm.kind in PRETRAINED or bool(explores and task.explorer.get("features"))
+            extra = (collected + learnt if encodes else 0.0) + (explored if explores else 0.0)
             row = {
                 "arm": (arm.name, ""),
                 "rewarded steps a run": (f"{task.budget:,}", ""),
@@ -246,8 +252,8 @@ def stages(evidence: Mapping[str, Evidence], folders: Mapping[str, Task]) -> lis
     shown: set[tuple[Path, ...]] = set()
     for name, one in evidence.items():
         of = f" ({name})" if len(evidence) > 1 else ""
-        if one.data and one.data not in shown:
-            shown.add(one.data)
+        if (seen := (*one.data, *one.exploring)) and seen not in shown:
+            shown.add(seen)
             found += _coverage(one, of)
         if one.pretraining and (one.pretraining,) not in shown:
             shown.add((one.pretraining,))

@@ -152,8 +152,8 @@ def run_cell(job: Mapping[str, Any], send: Send) -> Cell:
     if explore := plan.arms[cell["arm"]].get("explore"):
         learnt["explorer"] = cell_folder(out, cell) / "explore"
         # Other environments than those of the data, and than another encoder's.
-        seed = 1 + cell["pretrain_seed"]
-        rlrep.collect(task, out=learnt["explorer"], features=encoder, seed=seed, **explore)
+        seed = 1 + (cell["pretrain_seed"] or 0)
+        rlrep.collect(task, out=learnt["explorer"], **{"features": encoder, "seed": seed, **explore})
     arms = [{"kind": "frozen" if facts else cell["arm"], **options, "name": cell["arm"]}]
     asked = dataclasses.asdict(plan.tasks[task])
     settings = {**plan.finetune, **asked, "arms": arms, "seeds": seeds}

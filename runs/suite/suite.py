@@ -158,22 +158,23 @@ class Work:
     def tuned(self, of: str) -> list[dict[str, Any]]:
         """Returns the arms of a group, each with the settings that suited it best on the group's first task."""
         group, arms = self.plan.groups[of], []
-        if len(group.candidates) == 1:
-            (only,) = group.candidates.values()
-            return [{**arm, "settings": {**arm.get("settings", {}), **only}} for arm in map(named, group.arms)]
+        areas: dict[str, float] = {}
         tried = [
             {**arm, "name": f"{arm['name']} {name}", "settings": {**arm.get("settings", {}), **settings}}
             for arm in map(named, group.arms)
             if arm["kind"] != EXPLORER
             for name, settings in group.candidates.items()
         ]
-        found = read_task(self.learn(f"tuning-{of}", next(iter(group.tasks)), group, tried, self.plan.tuning_seeds))
-        areas = {arm.name: float(np.mean([run.area for run in arm.finished])) for arm in found.arms}
+        if len(group.candidates) > 1:
+            first = next(iter(group.tasks))
+            found = read_task(self.learn(f"tuning-{of}", first, group, tried, self.plan.tuning_seeds))
+            areas = {arm.name: float(np.mean([run.area for run in arm.finished])) for arm in found.arms}
         for arm in map(named, group.arms):
             if arm["kind"] != EXPLORER:
-                area, best = max((areas[f"{arm['name']} {name}"], name) for name in group.candidates)
+                area, best = max((areas.get(f"{arm['name']} {name}", 0.0), name) for name in group.candidates)
                 arm["settings"] = {**arm.get("settings", {}), **group.candidates[best]}
-                print(f"{of}: {arm['name']} does best with {best} (mean return over all steps {area:.2f})")
+                if areas:
+                    print(f"{of}: {arm['name']} does best with {best} (mean return over all steps {area:.2f})")
             arms.append(arm)
         return arms
 
