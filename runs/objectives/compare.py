@@ -280,8 +280,8 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         "task's budget; interquartile mean over the runs of a task, geometric mean over tasks, a run that did not get "
         "there counted with its whole budget; `>`: in some task most did not. Speed-ups are ratios of these, with 95 % "
         "intervals: over the best arm from scratch of each task (`*` below), picked after the fact by these very runs, "
-        "which favours it, and over the features of an untrained encoder. Where runs did not get there they are "
-        "bounds. Intervals take all runs of an arm for independent, though several share an encoder. Steps without "
+        "which favours it, and over the features of an untrained encoder. Runs that did not get there draw them "
+        "towards 1. Intervals take all runs of an arm for independent, though several share an encoder. Steps without "
         f"reward before all runs of a pre-trained arm: {plan.collect['steps']:,} of each task{explored}.",
         "",
         "| arm | solved | steps | over scratch | over untrained | effective rank | mean probe | pre-training, s "
@@ -293,7 +293,7 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         columns = [[shares(plan, done, one, task) for one in (baseline.get(task), arm) if one] for task in plan.tasks]
         if not all(len(both) == 2 and all(both) for both in columns):
             return "-"
-        slow, quick = (matrix(side) for side in zip(*columns, strict=True))
+        slow, quick = (np.minimum(matrix(side), 1.0) for side in zip(*columns, strict=True))
         found = speed_up(slow, quick, 1.0, fixed_rng(), statistic=typical)
         return f"{as_ratio(found)} {as_ratio_range(found)}".strip()
 
