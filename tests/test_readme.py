@@ -166,6 +166,39 @@ def test_memories_are_what_was_measured() -> None:
     assert f"with accuracy {accuracy['S11']:.2f} and {accuracy['S13']:.2f} (two seeds)" in README
 
 
+def test_objectives_are_what_was_measured() -> None:
+    section = " ".join(README.split("### Which objective\n")[1].split("### ")[0].split())
+    cells = runs.read_jsonl(ROOT / "runs/objectives/results/cells.jsonl")
+
+    def curves(arm: str, task: str) -> list[list[tuple[int, float]]]:
+        mine = [cell for cell in cells if cell["arm"] == arm and task in cell["task"]]
+        return [curve for cell in mine for curve in cell["curves"].values()]
+
+    def solved(arm: str, task: str, threshold: float) -> int:
+        return sum(max(reached for _, reached in curve) >= threshold for curve in curves(arm, task))
+
+    doorkeys = [*curves("cpc, then explored", "DoorKey-5x5"), *curves("cpc, then explored", "DoorKey-6x6")]
+    assert "after 4,000 steps, by all ten runs" in section
+    assert all(curve[0][0] == 4_000 and curve[0][1] >= 0.8 for curve in doorkeys)
+    assert len(doorkeys) == 10
+    assert "a run of DoorKey-5x5 fell to 0 at 20,000 steps" in section
+    assert sum(dict(curve).get(20_000) == 0 for curve in doorkeys) == 1
+    assert "LavaGapS6 is then solved by none of five" in section
+    assert solved("cpc, then explored", "LavaGapS6", 0.8) == 0
+    assert "They solve DoorKey-6x6 in all of five runs, where scratch does in one" in section
+    assert solved("cpc", "DoorKey-6x6", 0.8) == 5
+    assert max(solved(f"scratch, {which} entropy", "DoorKey-6x6", 0.8) for which in ("less", "more")) == 1
+    report = (ROOT / "runs/objectives/results/report.md").read_text()
+    assert "- mean linear probe: 0.69" in report
+    assert "- effective rank: 0.58" in report
+    explored = runs.read_jsonl(ROOT / "runs/objectives/results/explored-180k.jsonl")
+    failed = [
+        cell for cell in explored if "DoorKey" in cell["task"] and not any(c[0][1] for c in cell["curves"].values())
+    ]
+    assert "of six that explored for 180,000 steps two had" in " ".join(README.split())
+    assert (len(explored), len(failed)) == (6, 2)
+
+
 def test_looks_are_what_was_measured() -> None:
     looks = runs.read_jsonl(ROOT / "runs/objectives/results/looks.jsonl")
     for entropy in (0.06, 0.03):
