@@ -102,6 +102,7 @@ def first_table(path: str) -> str:
     [
         ("tables", tables),
         ("objectives", lambda: first_table("runs/objectives/results/report.md")),
+        ("quickstart", lambda: first_table("runs/quickstart/results/report.md")),
         ("speed", lambda: f"\n{(ROOT / 'runs/speed/results.md').read_text()}\n"),
     ],
 )
