@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
 from rlrep import runs
@@ -17,9 +19,9 @@ TINY = "rlrep/TinyGrid-v0:size=4"
 PPO = {"n_steps": 16, "batch_size": 32, "n_epochs": 1}
 
 
-def script(path: str, plan: dict[str, object], tmp_path: Path, *extra: str) -> str:
+def script(path: str, plan: dict[str, object], tmp_path: Path) -> str:
     (tmp_path / "plan.yaml").write_text(yaml.dump(plan))
-    command = [sys.executable, RUNS / path, "--plan-file", tmp_path / "plan.yaml", *extra]
+    command = [sys.executable, RUNS / path, "--plan-file", tmp_path / "plan.yaml"]
     command += ["--out", tmp_path / "out", "--results", tmp_path / "results"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -27,7 +29,19 @@ def script(path: str, plan: dict[str, object], tmp_path: Path, *extra: str) -> s
     return done.stdout
 
 
-def test_objectives_are_compared(tmp_path: Path) -> None:
+def module(path: str) -> Any:
+    """A script as a module."""
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, RUNS / path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.mark.usefixtures("one_process")
+def test_objectives_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = {
         "tasks": {TINY: {"steps": 128, "threshold": 0.8}},
         "collect": {"explorer": "random", "steps": 300},
@@ -51,7 +65,9 @@ def test_objectives_are_compared(tmp_path: Path) -> None:
             },
         },
     }
-    text = script("objectives/compare.py", plan, tmp_path)
+    (tmp_path / "plan.yaml").write_text(yaml.dump(plan))
+    module("objectives/compare.py").main(tmp_path / "plan.yaml", tmp_path / "out", tmp_path / "results")
+    text = capsys.readouterr().out
     cells = runs.read_jsonl(tmp_path / "results" / "cells.jsonl")
     # A baseline has a cell a seed; encoders share the seeds out.
     arms = ("explored", "inverse", "inverse, all tasks", "scratch")
@@ -68,12 +84,7 @@ def test_objectives_are_compared(tmp_path: Path) -> None:
 
 def test_objectives_are_reported_as_worked_out_by_hand() -> None:
     """Quicker by 2 on one task and by 8 on another is quicker by 4; what is not solved counts its whole budget."""
-    spec = importlib.util.spec_from_file_location("compare", RUNS / "objectives" / "compare.py")
-    assert spec is not None
-    assert spec.loader is not None
-    compare = importlib.util.module_from_spec(spec)
-    sys.modules["compare"] = compare
-    spec.loader.exec_module(compare)
+    compare = module("objectives/compare.py")
     tasks = {"one": compare.Task(100, 0.5), "other": compare.Task(1_000, 0.9)}
     arms: dict[str, dict[str, object]] = {
         "scratch": {},
@@ -172,7 +183,8 @@ def _lines(tmp_path: Path) -> list[str]:
     return (tmp_path / "results" / "cells.jsonl").read_text().splitlines()
 
 
-def test_the_suite_says_whether_it_helps(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_process")
+def test_the_suite_says_whether_it_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = {"env": TINY, "steps": 128, "threshold": 0.8}
     common = {
         "collect": {"explorer": "random", "steps": 300, "n_envs": 4},
@@ -202,7 +214,11 @@ def test_the_suite_says_whether_it_helps(tmp_path: Path) -> None:
             },
         },
     }
-    said = script("suite/suite.py", plan, tmp_path)
+    suite = module("suite/suite.py")
+    (tmp_path / "plan.yaml").write_text(yaml.dump(plan))
+    where = {"plan_file": tmp_path / "plan.yaml", "out": tmp_path / "out", "results": tmp_path / "results"}
+    suite.main(**where)
+    said = capsys.readouterr().out
     assert "see: warm-actor does best with" in said
     results = tmp_path / "results"
     text = (results / "suite.md").read_text()
@@ -219,10 +235,12 @@ def test_the_suite_says_whether_it_helps(tmp_path: Path) -> None:
     # What is done is kept in the scores alone, and a first look is apart.
     shutil.rmtree(tmp_path / "out")
     (results / "suite.md").unlink()
-    script("suite/suite.py", plan, tmp_path)
+    suite.main(**where)
     assert (results / "suite.md").read_text() == text
     assert not (tmp_path / "out").exists()
-    said = script("suite/suite.py", plan, tmp_path, "--small")
+    capsys.readouterr()
+    suite.main(small=True, **where)
+    said = capsys.readouterr().out
     assert "does best with" not in said
     small = (results / "small" / "suite.md").read_text()
     assert "1 of 1 tasks, seeds 0." in small

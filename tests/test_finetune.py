@@ -124,6 +124,7 @@ DQN = {"name": "scratch", "algorithm": "dqn", "settings": {"learning_starts": 8,
 @pytest.mark.parametrize(
     ("arm", "settings"), [("scratch", SMALL["settings"]), ("frozen", SMALL["settings"]), (DQN, {})]
 )
+@pytest.mark.usefixtures("one_process")
 def test_how_often_one_looks_changes_nothing(encoder: Encoder, tmp_path: Path, arm: Any, settings: dict) -> None:
     found = []
     for every in (64, 128):

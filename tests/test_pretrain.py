@@ -47,7 +47,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("pretrain") / "data")
 
 
-SMALL = {"updates": 30, "batch_size": 16, "log_every": 10, "checkpoint_every": 10, "encoder": "grid:features_dim=16"}
+SMALL = {
+    "updates": 30,
+    "batch_size": 16,
+    "log_every": 10,
+    "checkpoint_every": 10,
+    "encoder": "grid:features_dim=16",
+}
 
 
 def test_writes_an_encoder_with_where_it_came_from(data: Path, tmp_path: Path) -> None:
@@ -58,7 +64,7 @@ def test_writes_an_encoder_with_where_it_came_from(data: Path, tmp_path: Path) -
     config = read_json(tmp_path / "run" / "encoder" / "config.json")
     assert config["provenance"]["data_digest"] == Dataset(data).digest
     assert config["provenance"]["reward_free_steps"] == 12 * 9
-    assert config["provenance"]["objectives"] == ["ae"]
+    assert config["provenance"]["objectives"] == ["cpc"]
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [row["update"] for row in rows] == [10, 20, 30]
     assert {"loss", "held_out_loss", "effective_rank", "feature_std", "feature_norm", "dead_units"} <= set(rows[0])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -201,14 +199,8 @@ def in_features(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "encoder", root / "data"
 
 
-def here(function: Any, jobs: list[Any], *args: Any, receive: Any, **options: Any) -> Iterator[tuple[Any, Any]]:
-    """Does jobs in this process, which is quicker; the test of the command line has one of their own."""
-    for job in jobs:
-        yield job, function(job, lambda message, job=job: receive(job, message))
-
-
-def test_a_recipe_starts_from_what_it_explored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["rlrep.finetune"], "map_jobs", here)
+@pytest.mark.usefixtures("one_process")
+def test_a_recipe_starts_from_what_it_explored(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(
         f"env: {SPEC}\ncollect: {{explorer: count, steps: 320, n_envs: 4, settings: {json.dumps(PPO_SETTINGS)}}}\n"
         "pretrain: {updates: 5, batch_size: 16, objectives: [ae], encoder: 'grid:features_dim=16'}\n"
@@ -240,8 +232,8 @@ def test_a_recipe_starts_from_what_it_explored(tmp_path: Path, monkeypatch: pyte
     assert "explorer: evaluated once" in report
 
 
-def test_a_recipe_explores_in_the_features_it_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["rlrep.finetune"], "map_jobs", here)
+@pytest.mark.usefixtures("one_process")
+def test_a_recipe_explores_in_the_features_it_learnt(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(
         f"env: {SPEC}\nrounds: 2\ncollect: {{steps: 160, n_envs: 4}}\n"
         "pretrain: {updates: 5, batch_size: 16, objectives: [ae], encoder: 'grid:features_dim=16'}\n"
