@@ -49,11 +49,11 @@ LAYERS = (
 )
 """The `policy_kwargs` that say what a policy is made of; a warm-started one has the explorer's."""
 
-LATER = "rlrep_critic_first"
-"""Marks parameters that `CriticFirst` has frozen for an update."""
-
 RECURRENT = ("lstm_hidden_size", "n_lstm_layers", "shared_lstm", "enable_critic_lstm", "lstm_kwargs")
 """The same of sb3-contrib's recurrent policies."""
+
+LATER = "rlrep_critic_first"
+"""Marks parameters that `CriticFirst` has frozen for an update."""
 
 
 @dataclasses.dataclass(frozen=True)

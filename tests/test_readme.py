@@ -167,6 +167,13 @@ def test_memories_are_what_was_measured() -> None:
     assert f"with accuracy {accuracy['S11']:.2f} and {accuracy['S13']:.2f} (two seeds)" in README
 
 
+def test_the_quickstart_is_what_was_measured() -> None:
+    rows = runs.read_jsonl(ROOT / "runs/quickstart/results/scores.jsonl")
+    mine = [row for row in rows if row["arm"] == "warm-actor"]
+    assert f"dip, to {min(row['return'] for row in mine):.2f} at worst, and all three end at 0.95 or more" in README
+    assert all(round(row["return"], 2) >= 0.95 for row in mine if row["last"])
+
+
 def test_objectives_are_what_was_measured() -> None:
     section = " ".join(README.split("### Which objective\n")[1].split("### ")[0].split())
     cells = runs.read_jsonl(ROOT / "runs/objectives/results/cells.jsonl")

@@ -61,8 +61,13 @@ class Evidence:
     """Pictures in its folder, and of dreams that were named."""
 
     @property
+    def seconds(self) -> float:
+        """Seconds of collecting all of it, of every worker; NaN where they were not recorded."""
+        return _seconds(self._all_parts)
+
+    @property
     def collect_seconds(self) -> float:
-        """Seconds of collecting what the encoder learnt from, of every worker; NaN where they were not recorded."""
+        """The same of what the encoder learnt from."""
         return _seconds(_parts(self.data))
 
     @property

@@ -186,9 +186,7 @@ def costs(summary: Summary, evidence: Mapping[str, Evidence]) -> list[Section]:
     before, time_rows = [], []
     for name, task in summary.folders.items():
         one, trained = evidence[name], task.encoder.get("pretrain_seconds")
-        both = [one.collect_seconds] if one.data else []
-        both += [one.explore_seconds] if set(one.exploring) - set(one.data) else []
-        spent = sum(both) if both else math.nan
+        spent = one.seconds
         if task.before:
             seconds = "" if math.isnan(spent) else f" in {as_duration(spent)}"
             training = f" and {as_duration(trained)} of pre-training" if isinstance(trained, int | float) else ""
