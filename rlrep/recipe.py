@@ -219,7 +219,7 @@ def _check_exploring(recipe: Recipe, out: Path, started: bool) -> None:
     env = make_vec_env(recipe.env)
     env.close()
     encoder = make_encoder(recipe.pretrain.encoder, env.observation_space, env.action_space)
-    where = {"out", "n_workers", "ray"}
+    where = {"n_workers", "ray"}
     options = {name: value for name, value in vars(recipe.explore).items() if name not in where}
     try_out({**options, "env": recipe.env, "features": encoder})
     commit = (
