@@ -73,7 +73,7 @@ class Recipe:
     """Learning an encoder from what was collected."""
     explore: Explore = dataclasses.field(default_factory=Explore)
     """Exploring once more, in the features of that encoder: arms that start from what explored then start from this.
-    With `steps: 0` this is left out; `seed` counts on from that of the last round."""
+    With `steps: 0`, or where no arm does, this is left out; `seed` counts on from that of the last round."""
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
     """Policies trained with reward, on that encoder and without it, or started from what explored."""
     rounds: int = 1
@@ -130,11 +130,14 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
             "'gru' or 'rssm' to the objectives, or leave the arm out"
         )
     warm = [arm.name for arm in arms if arm.explored]
+    if recipe.explore.steps and not warm:
+        print("explore: left out, since no arm starts from what explored (warm-actor, warm-logits and explorer do)")
+        recipe = changed(recipe, {"explore.steps": 0})
     if warm:
         _check_explorer(recipe, warm[0], data)
     exploring = dict(vars(recipe.explore)) | {"seed": recipe.explore.seed + recipe.rounds}
     if recipe.explore.steps:
-        _check_exploring(recipe, out, started=bool(warm) and not overwrite)
+        _check_exploring(recipe, out, overwrite)
     folders = [] if data is None else [Path(data)]
     encoder: Encoder | None = None
     n = 5 if recipe.explore.steps else 4
@@ -214,8 +217,8 @@ def _check_explorer(recipe: Recipe, arm: str, data: str | Path | None) -> None:
             )
 
 
-def _check_exploring(recipe: Recipe, out: Path, started: bool) -> None:
-    """Finds out what would else be found after collecting and pre-training; `started` says whether policies start."""
+def _check_exploring(recipe: Recipe, out: Path, overwrite: bool) -> None:
+    """Finds out what would else be found after collecting and pre-training."""
     env = make_vec_env(recipe.env)
     env.close()
     encoder = make_encoder(recipe.pretrain.encoder, env.observation_space, env.action_space)
@@ -226,7 +229,7 @@ def _check_exploring(recipe: Recipe, out: Path, started: bool) -> None:
         runs.read_json(out / EXPLORED / COMMIT) if (out / EXPLORED / COMMIT).exists() else {"rows": 0, "episodes": 0}
     )
     done = commit["rows"] - commit["episodes"] >= recipe.explore.steps
-    if started and not done and (out / "finetune" / runs.RECORD).exists():
+    if not (done or overwrite) and (out / "finetune" / runs.RECORD).exists():
         raise RunError(
             f"{out / 'finetune'} has policies that started elsewhere than from what is now to be explored in "
             f"{out / EXPLORED}: take that folder away first, or choose another --out"

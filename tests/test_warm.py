@@ -233,7 +233,7 @@ def test_a_recipe_starts_from_what_it_explored(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_recipe_explores_in_the_features_it_learnt(tmp_path: Path) -> None:
+def test_a_recipe_explores_in_the_features_it_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe.yaml").write_text(
         f"env: {SPEC}\nrounds: 2\ncollect: {{steps: 160, n_envs: 4}}\n"
         "pretrain: {updates: 5, batch_size: 16, objectives: [ae], encoder: 'grid:features_dim=16'}\n"
@@ -288,6 +288,10 @@ def test_a_recipe_explores_in_the_features_it_learnt(tmp_path: Path) -> None:
         run(changed(recipe, {"explore.steps": 640}), out)
     assert load_explorer(out / "explore").record["reward_free_steps"] == 320
     assert run(recipe, out)
+    capsys.readouterr()
+    run(changed(recipe, {"explore.steps": 640, "finetune.arms": ["frozen"]}), out, overwrite=True)
+    assert "explore: left out, since no arm starts from what explored" in capsys.readouterr().out
+    assert load_explorer(out / "explore").record["reward_free_steps"] == 320
 
 
 def test_an_agent_of_ones_own_starts_from_what_explored(in_features: tuple[Path, Path]) -> None:
