@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import connection, resource_tracker
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -70,7 +70,7 @@ def map_jobs(
     Every job gets a fresh process with one thread for torch, here or on a Ray cluster, where it takes one CPU. One that
     raises yields a `JobFailure`; one whose process dies is started again, `RETRIES` times, before it does; the others
     go on. What a job sends is received here, in order. Leaving the loop, by Ctrl-C or otherwise, stops every job; so
-    does the death of this process. As with all spawned processes, a script calls this under
+    does the death of this process. As with all processes of multiprocessing, a script calls this under
     `if __name__ == "__main__":`.
 
     Args:
@@ -185,18 +185,24 @@ def _one_line(error: BaseException) -> str:
 
 
 class _Processes:
-    """Spawned children; a handle is the end of a pipe."""
+    """Children, forked from a server that has imported rlrep: a fresh process without the seconds that this takes.
+
+    The server, of Python's multiprocessing, has one thread and computes nothing, so there is nothing to be forked in
+    the middle of. A handle is the end of a pipe.
+    """
 
     def __init__(self, function: Callable[[Job, Send], Any]) -> None:
         self.n_cores = len(os.sched_getaffinity(0))
         self._function = function
-        self._processes: dict[connection.Connection, SpawnProcess] = {}
+        self._processes: dict[connection.Connection, ForkServerProcess] = {}
 
     def start(self, job: Job) -> connection.Connection:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["rlrep"])
+        answers, answer = context.Pipe(duplex=False)
+        # Where the caller's code has started the server, it is under another environment.
+        process = context.Process(target=_serve, args=(self._function, job, answer, {**os.environ, **ONE_THREAD}))
         with _child_signals_and_environment():
-            answers, answer = context.Pipe(duplex=False)
-            process = context.Process(target=_serve, args=(self._function, job, answer))
             process.start()
         # The child's death must read as the end of the pipe, so only the child may hold this end.
         answer.close()
@@ -235,7 +241,12 @@ class _Processes:
         pass
 
 
-def _serve(function: Callable[[Job, Send], Any], job: Job, answer: connection.Connection) -> None:
+def _serve(
+    function: Callable[[Job, Send], Any], job: Job, answer: connection.Connection, environment: dict[str, str]
+) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.environ.clear()
+    os.environ.update(environment)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _answer(function, job, answer.send)
     answer.close()
@@ -250,7 +261,7 @@ def _die_with_parent() -> None:
 
 @contextlib.contextmanager
 def _child_signals_and_environment() -> Iterator[None]:
-    """Sets what a child inherits and cannot set itself in time: threads before torch is imported, and no Ctrl-C.
+    """Sets what the server inherits and cannot set itself in time: threads before torch is imported, and no Ctrl-C.
 
     The terminal sends Ctrl-C to every process; the parent alone acts on it, else every child would print a traceback.
     """
