@@ -45,7 +45,7 @@ from rlrep.intrinsic import Alongside, IntrinsicReward, WithContext
 from rlrep.latent import LatentVecEnv, features_space
 from rlrep.recorder import Recorder, ground_truth
 from rlrep.registry import nearest
-from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs, policy_name
+from rlrep.sb3 import action_masks, check_settings, get_algorithm, policy_kwargs, policy_name
 from rlrep.types import (
     Episode,
     RunError,
@@ -505,7 +505,7 @@ def _learn(
         )
     except (AssertionError, TypeError) as error:
         raise ValueError(f"{cls.__name__} cannot be made with {settings}: {error}") from error
-    masks, options = _masks(algorithm, env)
+    masks, options = action_masks(algorithm, env)
     rng = np.random.default_rng([seed, 1])
     if not session.restore(rewarded, model):
         obs = env.reset()
@@ -519,19 +519,6 @@ def _learn(
             if not session.step():
                 return
     model.learn(session.steps, callback=_Callback(session), **options)
-
-
-def _masks(algorithm: str, env: VecEnv) -> tuple[Callable[[VecEnv], np.ndarray] | None, dict[str, Any]]:
-    """Returns what gives the actions that are allowed, if environments and algorithm know of it, and options to learn.
-
-    MaskablePPO wants masks of environments that have none, unless it is told not to.
-    """
-    if algorithm.lower() != "maskableppo":
-        return None, {}
-    from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
-
-    supported = is_masking_supported(env)
-    return get_action_masks if supported else None, {"use_masking": supported}
 
 
 class _Session:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import shutil
 import tempfile
 import time
@@ -31,12 +32,12 @@ from rlrep.imagination import load_world_model
 from rlrep.latent import LatentVecEnv, features_space
 from rlrep.live import Watch
 from rlrep.registry import nearest
-from rlrep.sb3 import check_settings, get_algorithm, policy_kwargs, policy_name
+from rlrep.sb3 import action_masks, check_settings, get_algorithm, policy_kwargs, policy_name
 from rlrep.transfer import Auxiliary, Unfreeze
 from rlrep.types import RunError
 from rlrep.warm import CriticFirst, Explorer, Start, check_explorer, load_explorer, warm_start
 
-SCORES, FAILURES = "scores.jsonl", "failures.jsonl"
+SCORES, FAILURES, AGENTS = "scores.jsonl", "failures.jsonl", "agents"
 LIVED = "lived-"
 """How the folders begin in which an arm that dreams keeps what it did; one that was killed leaves it there."""
 
@@ -239,7 +240,7 @@ def finetune(
     Args:
         env: Environment spec.
         out: Run folder: `scores.jsonl` has a row an evaluation, `failures.jsonl` one a failed job, `tensorboard/` the
-            same curves.
+            same curves, and `agents/<arm>/seed-<seed>.zip` the agent that was trained, for SB3 and `export`.
         encoder: Pre-trained encoder, or its folder; `frozen` and `finetune` need one. `belief` and `dream` need the
             folder of a run that trained a recurrent one too, or that recurrent encoder, whose encoder of single
             observations then serves the other arms.
@@ -390,7 +391,12 @@ def _run_all(run: runs.RunFolder, jobs: list[dict[str, Any]], n_workers: int | N
     steps, threshold = jobs[0]["steps"], jobs[0]["threshold"]
     with Watch(run.path / "tensorboard", arms, n_seeds, steps, threshold, runs.read_jsonl(scores)) as watch:
 
-        def receive(job: Mapping[str, Any], row: dict[str, Any]) -> None:
+        def receive(job: Mapping[str, Any], row: dict[str, Any] | bytes) -> None:
+            if isinstance(row, bytes):
+                agent = run.path / AGENTS / job["arm"].name / f"seed-{job['seed']}.zip"
+                agent.parent.mkdir(parents=True, exist_ok=True)
+                runs.write_atomically(agent, lambda path: path.write_bytes(row))
+                return
             if row["steps"] <= reached.get(_key(row), 0):
                 # Its process died, and it started again.
                 runs.trim_jsonl(scores, lambda scored: _key(scored) != _key(row))
@@ -421,7 +427,10 @@ def _key(row: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _run_job(job: Mapping[str, Any], send: Send) -> None:
-    """Trains one arm with one seed, sending a row of scores at every evaluation. Runs in a process of its own."""
+    """Trains one arm with one seed, sending a row of scores at every evaluation, and the agent before the last.
+
+    Runs in a process of its own.
+    """
     arm: Arm = job["arm"]
     first_seed = SEED_STRIDE * (2 * job["seed"] + 1)
     with contextlib.ExitStack() as stack:
@@ -438,8 +447,18 @@ def _run_job(job: Mapping[str, Any], send: Send) -> None:
         if arm.kind == EXPLORER:
             callback.init_callback(model)
         else:
-            model.learn(job["steps"], callback=[callback, *callbacks])
+            _, options = action_masks(arm.algorithm or job["algorithm"], cast(VecEnv, model.env))
+            model.learn(job["steps"], callback=[callback, *callbacks], **options)
+            # Before the last row, which says that all of this run is there.
+            send(_zipped(model))
         callback.score(last=True)
+
+
+def _zipped(model: BaseAlgorithm) -> bytes:
+    """Returns what `model.save` writes."""
+    content = io.BytesIO()
+    model.save(content)
+    return content.getvalue()
 
 
 def _build(
@@ -487,6 +506,13 @@ class _Evaluate(BaseCallback):
         self.job, self.evaluation, self.seed, self.send = job, evaluation, seed, send
         self.next_at = job["eval_every"]
         self.evaluating, self.started = 0.0, time.perf_counter()
+        self.evaluate = evaluate_policy
+
+    def _init_callback(self) -> None:
+        if action_masks(type(self.model).__name__, self.evaluation)[0] is not None:
+            from sb3_contrib.common.maskable import evaluation
+
+            self.evaluate = evaluation.evaluate_policy
 
     def _on_step(self) -> bool:
         if self.num_timesteps >= self.next_at and self.num_timesteps < self.job["steps"]:
@@ -500,8 +526,8 @@ class _Evaluate(BaseCallback):
         # Equal starts and luck at every evaluation and in every arm: what differs is the policy.
         with _generators_apart(self.model, self.seed):
             self.evaluation.seed(self.seed)
-            found = evaluate_policy(
-                self.model,
+            found = self.evaluate(
+                cast(Any, self.model),
                 self.evaluation,
                 n_eval_episodes=self.job["eval_episodes"],
                 deterministic=self.job["deterministic"],

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rlrep_envs import make_vec_env
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ from rlrep.encoders import Encoder, WorldModel, load_belief, make_encoder
 from rlrep.encoders.recurrent import BELIEF
 from rlrep.evaluate.dreams import DREAMS, dream
 from rlrep.evaluate.memory import SEEN, probe_memory
-from rlrep.evaluate.probes import probe
+from rlrep.evaluate.probes import ACTION, probe
 from rlrep.evaluate.report import check_free, report
 from rlrep.evaluate.summary import Summary
 from rlrep.explore import Actor, explorers
@@ -37,7 +38,7 @@ from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml, setting
 from rlrep.types import RlrepError, RunError
 from rlrep.warm import load_explorer
 
-RECIPE, LOG, EXPLORED = "recipe.yaml", "log.txt", "explore"
+RECIPE, LOG, EXPLORED, PROBES = "recipe.yaml", "log.txt", "explore", "probes.json"
 
 # A stage's settings are the keywords of its function: stated there, once.
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
         trained = out / f"pretrain{suffix}"
         print(f"[2/{n}] pretrain: {', '.join(map(str, recipe.pretrain.objectives))} -> {trained}")
         encoder = pretrain(folders, out=trained, overwrite=overwrite, **vars(recipe.pretrain))
-        _look_at_memory(trained, folders, recipe.pretrain.held_out, recipe.pretrain.seed)
+        _look_at_features(trained, folders, recipe.pretrain)
     explored = folders[0]
     if recipe.explore.steps:
         explored = out / EXPLORED
@@ -176,19 +177,36 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False, *, data: str |
     return report(scores, out=out, stages=folders)
 
 
-def _look_at_memory(trained: Path, folders: Sequence[Path], held_out: float, seed: int) -> None:
-    """Lets a world model dream, and asks what it remembers, where nobody did yet: for the report."""
+def _look_at_features(trained: Path, folders: Sequence[Path], settings: Pretrain) -> None:
+    """Says what can be read off the features before policies are paid for, and keeps it for the report.
+
+    Where there is a world model, it is let dream, and asked what it remembers.
+    """
+    data, probed = open_dataset(folders, settings.frame_stack), trained / PROBES
+    if data.factor_names and not probed.exists():
+        with _told("what can be read off the features"):
+            found = probe(trained / "encoder", data, seed=settings.seed)
+            runs.write_json(probed, found.to_json())
+            mean = {
+                kind: np.mean([row[kind] for label, row in found.scores.items() if label != ACTION])
+                for kind in ("linear", "random_linear", "raw_linear", "chance")
+            }
+            print(
+                f"features: a linear probe of {len(found.scores) - 1} factors scores {mean['linear']:.2f} on average "
+                f"(of an untrained encoder's {mean['random_linear']:.2f}, of raw observations "
+                f"{mean['raw_linear']:.2f}, chance {mean['chance']:.2f})"
+            )
     if not (trained / BELIEF).exists():
         return
-    model, data = load_belief(trained), open_dataset(folders)
+    model = load_belief(trained)
     if isinstance(model, WorldModel) and not (trained / "dreams" / DREAMS).exists():
         with _told("what the model dreams"):
-            dream(model, split(data, held_out, seed)[1], out=trained / "dreams")
+            dream(model, split(data, settings.held_out, settings.seed)[1], out=trained / "dreams")
     for factor in data.factor_names:
-        probed = trained / f"memory-{factor}.json"
-        if factor + SEEN in data.factor_names and not probed.exists():
+        remembered = trained / f"memory-{factor}.json"
+        if factor + SEEN in data.factor_names and not remembered.exists():
             with _told(f"what the model remembers of {factor}"):
-                runs.write_json(probed, probe_memory(model, data, factor).to_json())
+                runs.write_json(remembered, probe_memory(model, data, factor).to_json())
 
 
 @contextlib.contextmanager

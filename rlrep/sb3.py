@@ -25,6 +25,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from rlrep import spaces
@@ -174,6 +175,19 @@ def policy_name(cls: type[BaseAlgorithm], space: Space) -> str:
     head = "MultiInput" if isinstance(space, gym_spaces.Dict) else "Mlp"
     recurrent = f"{head}LstmPolicy"
     return recurrent if recurrent in cls.policy_aliases else f"{head}Policy"
+
+
+def action_masks(algorithm: str, env: VecEnv) -> tuple[Callable[[VecEnv], np.ndarray] | None, dict[str, Any]]:
+    """Returns what gives the actions that are allowed, if environments and algorithm know of it, and options to learn.
+
+    MaskablePPO wants masks of environments that have none, unless it is told not to.
+    """
+    if algorithm.lower() != "maskableppo":
+        return None, {}
+    from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+
+    supported = is_masking_supported(env)
+    return get_action_masks if supported else None, {"use_masking": supported}
 
 
 def check_settings(cls: type[BaseAlgorithm], settings: Iterable[str]) -> None:

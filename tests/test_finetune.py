@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 from rlrep_envs import make_vec_env
+from stable_baselines3 import PPO
 
+import rlrep
 from rlrep.encoders import Encoder, load_belief, load_encoder, make_encoder
 from rlrep.finetune import DEFAULT_ARMS, FAILURES, SCORES, Arm, finetune
 from rlrep.registry import SpecError
@@ -50,6 +54,15 @@ def test_every_arm_is_trained_and_scored(encoder: Encoder, tmp_path: Path) -> No
     assert record["finished"]
     assert record["settings"]["encoder"]["reward_free_steps"] == 1234
     assert record["settings"]["encoder"]["digest"] == encoder.digest()
+    # The agents are kept: a policy with its encoder inside takes raw observations, others its features.
+    for kind in DEFAULT_ARMS:
+        agent = PPO.load(out / "agents" / kind / "seed-3.zip")
+        assert agent.num_timesteps == 256
+        assert (agent.observation_space.shape == (16,)) == kind.endswith("frozen")
+    whole = PPO.load(
+        rlrep.export(out / "agents" / "frozen" / "seed-3.zip", tmp_path / "a.zip", encoder=out / "encoder")
+    )
+    assert sorted(whole.observation_space.shape) == [3, 5, 5]
 
     # Done is done: nothing runs again, and other settings are refused.
     assert finetune(SPEC, encoder=encoder, out=tmp_path / "run", seeds=(3,), **SMALL) == out
@@ -63,6 +76,29 @@ def test_a_recurrent_algorithm_trains_on_observations_and_on_features(encoder: E
     small = {**SMALL, "steps": 64, "eval_every": 64, "algorithm": "recurrentppo"}
     out = finetune(SPEC, encoder=encoder, out=tmp_path / "run", seeds=(3,), arms=["scratch", "frozen"], **small)
     assert {row["arm"] for row in read_jsonl(out / SCORES) if row["last"]} == {"scratch", "frozen"}
+
+
+class Masked(gym.Wrapper[Any, Any, Any, Any]):
+    """Allows two of the five actions, and breaks if another is taken."""
+
+    def action_masks(self) -> np.ndarray:
+        return np.array([True, True, False, False, False])
+
+    def step(self, action: Any) -> Any:
+        assert self.action_masks()[action]
+        return super().step(action)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_masked_actions_are_not_taken_in_evaluations_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sb3_contrib")
+    monkeypatch.setattr(gym.envs.registration, "registry", {**gym.registry})
+    gym.register("Masked-v0", entry_point=lambda: Masked(gym.make("rlrep/TinyGrid-v0", size=5)))
+    small = {**SMALL, "steps": 64, "eval_every": 64, "algorithm": "maskableppo"}
+    # The other one has no masks, and it is no error.
+    for env in ("Masked-v0", SPEC):
+        out = finetune(env, out=tmp_path / env.replace("/", "-"), seeds=(3,), arms=["scratch"], **small)
+        assert [row["last"] for row in read_jsonl(out / SCORES)] == [True]
 
 
 def test_arms_can_have_algorithms_of_their_own(encoder: Encoder, tmp_path: Path) -> None:

@@ -78,6 +78,11 @@ class Section:
     folded: bool = False
     """Whether an HTML page shows it only when asked."""
 
+    @property
+    def told(self) -> bool:
+        """Whether something is left of it without the pictures that only an HTML page holds."""
+        return not self.pictures or any(p.file for p in self.pictures) or any(table.rows for table in self.tables)
+
 
 @dataclasses.dataclass(frozen=True)
 class Page:

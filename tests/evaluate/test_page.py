@@ -186,6 +186,14 @@ def test_words_of_others_are_no_markup():
     assert "| \\<b>&\"'\\</b> \\| `x` | n |" in to_markdown(shown)
 
 
+def test_markdown_has_no_headings_over_nothing():
+    pictures = [Picture(Path("dream.png"), "A dream")]
+    sections = [Section("Pictures", ["What they show."], pictures), Section("Words", ["They are here."])]
+    text = to_markdown(Page("", "", "", "", "open", sections))
+    assert "Words" in text
+    assert "Pictures" not in text
+
+
 @pytest.fixture(scope="module")
 def stages(scored, tmp_path_factory):
     """Data, an encoder trained on them, and scores that look as if it had been fine-tuned."""
