@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -131,9 +132,14 @@ def test_objectives_are_reported_as_worked_out_by_hand() -> None:
     assert "participation" not in text, "it is the same for all"
 
 
-def test_memory_is_probed_and_used(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_process")
+def test_memory_is_probed_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As for a script there: one imports the other, and both what explores.
+    monkeypatch.syspath_prepend(RUNS / "memory")
     task = "MiniGrid-MemoryS7-v0"
-    plan = {
+    plan: dict[str, Any] = {
         "tasks": {f"{task}:obs=grid,backend=envpool,max_steps=32": "agent_x>3"},
         "collect": {"explorer": "wander:Wander", "steps": 2_000, "n_envs": 16},
         "arms": {"gru": {"objectives": ["gru:width=16,decoder_width=8"]}},
@@ -142,6 +148,7 @@ def test_memory_is_probed_and_used(tmp_path: Path) -> None:
         "policies": {
             "tasks": [task],
             "model": "gru",
+            "remembers": 0.0,
             "seeds": [0, 1],
             "finetune": {
                 "steps": 128,
@@ -168,8 +175,13 @@ def test_memory_is_probed_and_used(tmp_path: Path) -> None:
             },
         },
     }
-    assert "1 of 1 cells" in script("memory/probe.py", plan, tmp_path)
-    script("memory/policies.py", plan, tmp_path)
+    where = tmp_path / "plan.yaml", tmp_path / "out", tmp_path / "results"
+    where[0].write_text(yaml.dump(plan))
+    # One command does all, and probes what it uses.
+    policies = module("memory/policies.py")
+    policies.main(*where)
+    module("memory/probe.py").main(*where)
+    assert "1 of 1 cells" in capsys.readouterr().out
     rows = runs.read_jsonl(tmp_path / "results" / "policies.jsonl")
     counted = sorted((row["arm"], row["seed"], row["model_seed"]) for row in rows if row["tried"] is None)
     assert counted == [(arm, seed, 0) for arm in ("RecurrentPPO", "belief", "stack") for seed in (0, 1)]
@@ -177,6 +189,18 @@ def test_memory_is_probed_and_used(tmp_path: Path) -> None:
     text = (tmp_path / "results" / "policies.md").read_text()
     assert "6 of 6 runs" in text
     assert f"| {task} | RecurrentPPO | 0/2 | > 128; > 128 | - |" in text
+    shown = re.findall(r"\]\((.*)\)", text)
+    assert [name.partition("-")[0] for name in shown] == ["memory", "dreams", "errors"]
+    assert all((tmp_path / "results" / name).stat().st_size > 1_000 for name in shown)
+
+    # A model that remembers too little has no policies; the others are trained, the world model's twin among them.
+    plan["policies"]["remembers"] = 1.0
+    where[0].write_text(yaml.dump(plan))
+    runs.trim_jsonl(tmp_path / "results" / "policies.jsonl", lambda row: row["arm"] == "belief" and row["tried"])
+    policies.main(*where)
+    assert "is left out: gru remembers with accuracy" in capsys.readouterr().out
+    rows = runs.read_jsonl(tmp_path / "results" / "policies.jsonl")
+    assert {row["arm"] for row in rows if row["tried"] is None} == {"stack", "RecurrentPPO"}
 
 
 def _lines(tmp_path: Path) -> list[str]:

@@ -1,12 +1,14 @@
 """Says whether policies can use what a state remembers: `python runs/memory/policies.py`, again to go on.
 
-Some arms are tuned first, by seeds of their own on one task, and each has what suited it best; the others have what
-suited the first of these. A run that is done is one row of `results/policies.jsonl`; `results/policies.md` is written
-from what is there. World models are those of `probe.py`, trained here where they are missing.
+World models are trained and probed first, as by `probe.py`, and policies only on those that remember. Some arms are
+tuned, by seeds of their own on one task, and each has what suited it best; the others have what suited the first of
+these. A run that is done is one row of `results/policies.jsonl`; `results/policies.md` is written from what is there,
+with the memory curves of the models and their dreams.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -16,28 +18,19 @@ from typing import Any
 
 import numpy as np
 import tyro
-from probe import HERE, Plan, folder_name
+from probe import HERE, Cell, Plan, data_folder, folder_name, look
+from probe import train as train_model
+from rlrep_envs import EnvSpec
 
 import rlrep
 from rlrep import runs
+from rlrep.dataset import open_dataset
+from rlrep.evaluate.memory import ALL, MemoryProbe
 from rlrep.fanout import Send, map_missing
+from rlrep.pretrain import split
 from rlrep.settings import load_yaml
 
 DONE, REPORT = "policies.jsonl", "policies.md"
-
-
-def models(plan: Plan, out: Path) -> dict[tuple[str, int], Path]:
-    """Trains what is missing of the world models, and returns their folders by task and seed."""
-    found = {}
-    for task in plan.policies.tasks:
-        spec = next(spec for spec in plan.tasks if spec.startswith(f"{task}:"))
-        for seed in plan.seeds:
-            folder = out / folder_name(spec) / folder_name(plan.policies.model) / f"seed{seed}"
-            if not (folder / "belief" / "config.json").exists():
-                data = rlrep.collect(spec, out=out / folder_name(spec) / "data", **plan.collect)
-                rlrep.pretrain(data, out=folder, seed=seed, **plan.pretrain | plan.arms[plan.policies.model])
-            found[task, seed] = folder
-    return found
 
 
 def train(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
@@ -45,7 +38,7 @@ def train(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     options, settings = dict(job["options"]), dict(job["settings"])
     settings["policy_kwargs"] = {**options.pop("policy_kwargs", {}), **settings.get("policy_kwargs", {})}
     arm = {"name": job["arm"], "kind": options.pop("kind"), "settings": settings}
-    env = f"{job['task']}:obs=grid,backend=envpool,frame_stack={options.pop('frame_stack', 1)}"
+    env = dataclasses.replace(EnvSpec.parse(job["env"]), frame_stack=options.pop("frame_stack", 1))
     folder = Path(job["folder"])
     rlrep.finetune(env, out=folder, encoder=job["encoder"], arms=[arm], seeds=[job["seed"]], n_workers=1, **options)
     rows = runs.read_jsonl(folder / "scores.jsonl")
@@ -72,25 +65,31 @@ class Work:
 
     def __init__(self, plan: Plan, out: Path, results: Path, n_workers: int) -> None:
         self.plan, self.out, self.results, self.n_workers = plan, out, results, n_workers
-        self.encoders = models(plan, out)
         results.mkdir(parents=True, exist_ok=True)
 
+    def spec(self, task: str) -> str:
+        """Returns what the world models of a task learnt from."""
+        return next(spec for spec in self.plan.tasks if spec.startswith(f"{task}:"))
+
     def job(self, task: str, arm: str, seed: int, settings: Mapping[str, Any], tried: str | None) -> dict[str, Any]:
-        """Returns what `train` needs."""
-        policies = self.plan.policies
-        options = policies.arms[arm]
+        """Returns what `train` needs, but for the encoder."""
+        options = dict(self.plan.policies.arms[arm])
         # Policies share the world models out.
         model_seed = self.plan.seeds[seed % len(self.plan.seeds)]
+        model = options.pop("model", self.plan.policies.model)
+        env = EnvSpec.parse(self.spec(task))
+        # Policies have as long as the task gives them; exploring was cut short.
+        kwargs = {name: value for name, value in env.kwargs.items() if name != "max_steps"}
         return {
             "task": task,
+            "env": str(dataclasses.replace(env, kwargs=kwargs)),
             "arm": arm,
             "tried": tried,
             "seed": seed,
             "model_seed": model_seed,
             "settings": dict(settings),
-            # Arms that start from nothing have an encoder of the same shape; one of single frames does not fit stacks.
-            "encoder": None if "frame_stack" in options else self.encoders[task, model_seed],
-            "options": {**policies.finetune, **options},
+            "model": {"task": self.spec(task), "arm": model, "seed": model_seed},
+            "options": {**self.plan.policies.finetune, **options},
             "folder": self.out / "policies" / folder_name(f"{task}-{arm}-{tried}-{model_seed}-{seed}"),
         }
 
@@ -99,8 +98,21 @@ class Work:
         return runs.read_jsonl(self.results / DONE)
 
     def do(self, jobs: list[dict[str, Any]]) -> None:
-        """Runs those that are missing, and writes the report after each."""
-        for _ in map_missing(train, jobs, key, self.results / DONE, self.n_workers):
+        """Runs those that are missing, on world models that remember, and writes the report after each."""
+        done = {key(row) for row in self.rows()}
+        ready = []
+        for job in jobs:
+            if key(job) in done:
+                continue
+            cell = look(self.plan, job["model"], self.out, self.results)
+            accuracy = next(row["accuracy"] for row in cell["rows"] if row["age"] == ALL)
+            if job["options"]["kind"] == "belief" and accuracy <= self.plan.policies.remembers:
+                print(f"{key(job)} is left out: {cell['arm']} remembers with accuracy {accuracy:.2f} only")
+                continue
+            # Arms that start from nothing have an encoder of the same shape; one of single frames does not fit stacks.
+            encoder = None if "frame_stack" in job["options"] else train_model(self.plan, job["model"], self.out)
+            ready.append({**job, "encoder": encoder})
+        for _ in map_missing(train, ready, key, self.results / DONE, self.n_workers):
             self.report()
 
     def areas(self) -> dict[tuple[str, str], float]:
@@ -137,6 +149,8 @@ class Work:
                 for seed in policies.seeds
             ]
         )
+        self.draw()
+        self.report()
 
     def report(self) -> None:
         """Writes the tables of what there is, in Markdown."""
@@ -150,10 +164,10 @@ class Work:
             f"{len(counted)} of {total} runs. Rewarded steps to the first evaluation at {threshold} or above, of "
             f"{policies.finetune['eval_episodes']} episodes, for every run by its seed; `>`: not reached. Then the "
             "mean return of all evaluations from there on, and of the last. Seconds are the clock's, of runs side by "
-            "side.",
+            "side: to the threshold, of the runs that reached it, and of a whole run.",
             "",
-            "| task | arm | reached | steps | held | last return | seconds a run |",
-            "|---|---|---|---|---|---|---|",
+            "| task | arm | reached | steps | held | last return | seconds to it | seconds a run |",
+            "|" + "---|" * 8,
         ]
         for task in policies.tasks:
             for arm in policies.arms:
@@ -164,6 +178,9 @@ class Work:
                 steps = [
                     f"{hit:,}" if hit else f"> {row['curve'][-1][0]:,}" for hit, row in zip(reached, mine, strict=True)
                 ]
+                to_it = [
+                    hit / row["curve"][-1][0] * row["seconds"] for hit, row in zip(reached, mine, strict=True) if hit
+                ]
                 held = [r for hit, row in zip(reached, mine, strict=True) if hit for at, r in row["curve"] if at >= hit]
                 cells = [
                     task,
@@ -172,6 +189,7 @@ class Work:
                     "; ".join(steps),
                     f"{np.mean(held):.2f}" if held else "-",
                     f"{np.mean([row['curve'][-1][1] for row in mine]):.2f}",
+                    f"{np.mean(to_it):.0f}" if to_it else "-",
                     f"{np.mean([row['seconds'] for row in mine]):.0f}",
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
@@ -188,8 +206,38 @@ class Work:
         for name, settings in policies.tuning.candidates.items():
             values = [f"{areas[arm, name]:.2f}" if (arm, name) in areas else "-" for arm in policies.tuning.arms]
             lines.append(f"| {name}: {settings or 'as they are'} | {' | '.join(values)} |")
+        for file, what in self.pictures():
+            lines += ["", f"## {what}", "", f"![{what}]({file})"]
         text = "\n".join(lines) + "\n"
         runs.write_atomically(self.results / REPORT, lambda path: path.write_text(text))
+
+    def pictures(self) -> list[tuple[str, str]]:
+        """Returns the files of memory curves and dreams, and what each shows."""
+        files = {"memory": "what it remembers", "dreams": "what it dreams", "errors": "how far its dreams are right"}
+        found = [
+            (f"{kind}-{folder_name(task)}.png", f"{task}, {self.plan.policies.model}: {what}")
+            for task in self.plan.policies.tasks
+            for kind, what in files.items()
+        ]
+        return [(file, what) for file, what in found if (self.results / file).exists()]
+
+    def draw(self) -> None:
+        """Draws what a world model of each task remembers and dreams, of episodes that it did not learn from."""
+        seed = self.plan.seeds[0]
+        for task in self.plan.policies.tasks:
+            cell: Cell = {"task": self.spec(task), "arm": self.plan.policies.model, "seed": seed}
+            names = {kind: self.results / f"{kind}-{folder_name(task)}.png" for kind in ("memory", "dreams", "errors")}
+            if all(path.exists() for path in names.values()):
+                continue
+            row = look(self.plan, cell, self.out, self.results)
+            probe = MemoryProbe(**{field.name: row[field.name] for field in dataclasses.fields(MemoryProbe)})
+            runs.write_atomically(names["memory"], lambda path, probe=probe: probe.draw().savefig(path, format="png"))
+            folder = train_model(self.plan, cell, self.out)
+            held_out = runs.read_json(folder / runs.RECORD)["settings"]["held_out"]
+            data = split(open_dataset(data_folder(cell["task"], self.out)), held_out, seed)[1]
+            rlrep.dream(folder, data, out=folder / "dreams")
+            for kind, file in (("dreams", "strips.png"), ("errors", "errors.png")):
+                shutil.copy(folder / "dreams" / file, names[kind])
 
 
 def main(

@@ -39,10 +39,14 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Policies:
-    """What `policies.py` trains on the features of one of the arms."""
+    """What `policies.py` trains on the features of some of the arms."""
 
     tasks: list[str]
+    """The beginnings of tasks above, up to the colon."""
     model: str
+    """The arm whose features are used, unless an arm of policies names another `model`."""
+    remembers: float
+    """What accuracy a model must exceed, over all ages, for policies to be trained on what it remembers."""
     seeds: list[int]
     finetune: dict[str, Any]
     arms: dict[str, dict[str, Any]]
@@ -75,15 +79,45 @@ def folder_name(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", text)
 
 
-def run_cell(plan: Plan, cell: Cell, out: Path) -> Cell:
-    """Trains and probes one cell, or goes on with it, and returns it with its results."""
+def data_folder(task: str, out: Path) -> Path:
+    """Where the data of a task lie."""
+    return out / folder_name(task) / "data"
+
+
+def train(plan: Plan, cell: Cell, out: Path) -> Path:
+    """Trains the world model of a cell, or goes on with it, and returns its folder."""
     task, arm, seed = key(cell)
-    data = rlrep.collect(task, out=out / folder_name(task) / "data", **plan.collect)
+    data = rlrep.collect(task, out=data_folder(task, out), **plan.collect)
     folder = out / folder_name(task) / folder_name(arm) / f"seed{seed}"
     rlrep.pretrain(data, out=folder, seed=seed, **plan.pretrain | plan.arms[arm])
-    found = probe_memory(folder / "belief", data, "cue", where=plan.tasks[task], seed=seed)
-    results = runs.read_json(folder / runs.RECORD)["results"]
-    return {**cell, **plan.arms[arm], "seconds": results["seconds"], **found.to_json()}
+    return folder
+
+
+def look(plan: Plan, cell: Cell, out: Path, results: Path) -> Cell:
+    """Returns a cell with its results, which are found first, and added to the report, unless they are there."""
+    task, arm, seed = key(cell)
+    for row in runs.read_jsonl(results / CELLS):
+        if key(row) == key(cell):
+            return row
+    folder = train(plan, cell, out)
+    found = probe_memory(folder / "belief", data_folder(task, out), "cue", where=plan.tasks[task], seed=seed)
+    seconds = runs.read_json(folder / runs.RECORD)["results"]["seconds"]
+    done = {**cell, **plan.arms[arm], "seconds": seconds, **found.to_json()}
+    runs.append_jsonl(results / CELLS, done)
+    write_report(plan, results)
+    return done
+
+
+def cells(plan: Plan) -> list[Cell]:
+    """Returns what is to be done."""
+    every = itertools.product(plan.seeds, plan.arms, plan.tasks)
+    return [{"task": task, "arm": arm, "seed": seed} for seed, arm, task in every]
+
+
+def write_report(plan: Plan, results: Path) -> None:
+    """Writes what there is."""
+    text = report(plan, runs.read_jsonl(results / CELLS), len(cells(plan)))
+    runs.write_atomically(results / REPORT, lambda path: path.write_text(text))
 
 
 def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
@@ -107,14 +141,14 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         lines += ["", f"## {task}, {where}", "", f"| arm | seeds | all | {' | '.join(ages)} | seconds |"]
         lines += ["|---" * (len(ages) + 4) + "|"]
         for column, arm in [("accuracy", arm) for arm in plan.arms] + [("memoryless", ""), ("untrained", "")]:
-            cells = [cell for cell in mine if cell["arm"] == (arm or cell["arm"])]
-            if cells:
+            here = [cell for cell in mine if cell["arm"] == (arm or cell["arm"])]
+            if here:
                 scores = [
-                    f"{np.mean([row[column] for cell in cells for row in cell['rows'] if row['age'] == age]):.2f}"
+                    f"{np.mean([row[column] for cell in here for row in cell['rows'] if row['age'] == age]):.2f}"
                     for age in ["all", *ages]
                 ]
-                seconds = f"{np.mean([cell['seconds'] for cell in cells]):.0f}" if arm else "-"
-                lines += [f"| {arm or column} | {len(cells)} | {' | '.join(scores)} | {seconds} |"]
+                seconds = f"{np.mean([cell['seconds'] for cell in here]):.0f}" if arm else "-"
+                lines += [f"| {arm or column} | {len(here)} | {' | '.join(scores)} | {seconds} |"]
     return "\n".join(lines) + "\n"
 
 
@@ -127,21 +161,13 @@ def main(plan_file: Path = HERE / "plan.yaml", out: Path = HERE / "out", results
         results: Rows of finished cells, and the report.
     """
     plan = load_yaml(Plan, plan_file)
-    wanted = [
-        {"task": task, "arm": arm, "seed": seed}
-        for seed, arm, task in itertools.product(plan.seeds, plan.arms, plan.tasks)
-    ]
     results.mkdir(parents=True, exist_ok=True)
     with runs.lock(out):
-        for i, cell in enumerate(wanted):
-            done = runs.read_jsonl(results / CELLS)
-            if key(cell) not in {key(row) for row in done}:
-                print(f"[{i + 1}/{len(wanted)}] {cell['arm']} on {cell['task']}, seed {cell['seed']}")
-                runs.append_jsonl(results / CELLS, run_cell(plan, cell, out))
-                done = runs.read_jsonl(results / CELLS)
-            text = report(plan, done, len(wanted))
-            runs.write_atomically(results / REPORT, lambda path, text=text: path.write_text(text))
-    print(text)
+        for i, cell in enumerate(wanted := cells(plan), start=1):
+            print(f"[{i}/{len(wanted)}] {cell['arm']} on {cell['task']}, seed {cell['seed']}")
+            look(plan, cell, out, results)
+        write_report(plan, results)
+    print((results / REPORT).read_text())
 
 
 if __name__ == "__main__":
