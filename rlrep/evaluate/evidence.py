@@ -22,7 +22,7 @@ from rlrep.evaluate.dreams import DREAMS
 from rlrep.evaluate.exploration import Explored, explorer_of
 from rlrep.evaluate.memory import MemoryProbe
 from rlrep.evaluate.probes import features_of
-from rlrep.types import RlrepError, SpaceError, to_tensor
+from rlrep.types import RlrepError, RunError, SpaceError, to_tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 
@@ -111,9 +111,14 @@ def gather(task: Task, stages: Iterable[str | Path] = ()) -> Evidence:
     Args:
         task: Whose encoder it is.
         stages: Folders of datasets, pre-training runs and dreams, or folders that hold some of the first two.
+
+    Raises:
+        RunError: One of `stages` is no folder.
     """
     encoder = task.encoder
     roots = [Path(stage) for stage in stages]
+    if missing := [str(root) for root in roots if not root.is_dir()]:
+        raise RunError(f"there is no folder {', '.join(missing)}, named as a stage of what is to be reported")
     inside = [path for root in (*roots, task.path.resolve().parent) for path in _folders(root)]
     places = list(dict.fromkeys([*roots, *inside]))
     found = Evidence(tuple(_find_data(places, encoder.get("data_digest"))), _find_explorer(places, task.explorer))

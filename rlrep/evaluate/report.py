@@ -51,7 +51,8 @@ def report(
         overwrite: Replace files of these names that are not by rlrep.
 
     Raises:
-        RunError: As for `summarise`; or a file in `out` is not by rlrep, or it cannot be written.
+        RunError: As for `summarise`; or a file in `out` is not by rlrep, or it cannot be written, or a stage is not
+            there.
     """
     summary = summarise(run_dirs, threshold, baseline)
     folder = Path(out) if out is not None else next(iter(summary.folders.values())).path

@@ -221,6 +221,8 @@ def test_what_came_before_is_found_and_shown(stages, tmp_path):
         folder.mkdir(exist_ok=True)
         Image.new("RGB", (8, 4), (200, 0, 0)).save(folder / f"of_{folder.name}.png")
     (stages / "dreams" / "dreams.json").write_text("{}")
+    with pytest.raises(RunError, match="no folder nowhere"):
+        report(stages / "finetune", out=tmp_path, stages=["nowhere"])
     report(stages / "finetune", out=tmp_path, stages=[stages / "dreams"])
     read = Read((tmp_path / "report.html").read_text())
     figures = runs.read_json(stages / "data" / "explorer" / "coverage.json")
