@@ -140,7 +140,9 @@ class _Acts(nn.Module):
 
     def __init__(self, model: BaseAlgorithm, space: Space) -> None:
         super().__init__()
-        self.policy = copy.deepcopy(model.policy).cpu().eval()
+        # A distribution holds tensors of the last update, which cannot be copied deeply; the next action replaces them.
+        held = [module.action_dist for module in model.policy.modules() if hasattr(module, "action_dist")]
+        self.policy = copy.deepcopy(model.policy, {id(x): copy.copy(x) for x in held}).cpu().eval()
         self.reorder = reordering(space, model.observation_space)
         self.bounded = isinstance(model.action_space, gym_spaces.Box)
         if isinstance(model.action_space, gym_spaces.Box):
