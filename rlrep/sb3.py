@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
@@ -35,6 +36,12 @@ from rlrep.registry import SpecError, nearest
 from rlrep.types import RlrepError, SpaceError, Tree, tree_leaves, tree_map
 
 Mode = Literal["finetune", "frozen", "scratch"]
+
+_OTHER_MODES = {
+    "cached": " Features are cached around the environments: PPO('MlpPolicy', rlrep.LatentVecEnv(env, encoder)).",
+    "partial": " To train only some of the layers, use mode='finetune' with freeze=k, so many of the lowest.",
+}
+"""What else does what other names would ask for."""
 
 E = TypeVar("E", bound="EncoderExtractor")
 
@@ -190,6 +197,17 @@ def check_settings(cls: type[BaseAlgorithm], settings: Iterable[str]) -> None:
             )
 
 
+def check_numbers(**values: Any) -> None:
+    """Checks that settings are numbers.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name, value in values.items():
+        if not isinstance(value, Real):
+            raise ValueError(f"{name}={value!r} is not a number (plain YAML reads 1e-3 as text, 1.0e-3 as a number)")
+
+
 def policy_kwargs(
     encoder: str | Path | Encoder,
     algorithm: str | type[BaseAlgorithm] = "ppo",
@@ -235,7 +253,9 @@ def policy_kwargs(
         raise ValueError("TRPO differentiates by every parameter, and can leave none frozen, but in mode='frozen'")
     if mode not in get_args(Mode):
         modes = ", ".join(get_args(Mode))
-        raise ValueError(f"there is no mode {mode!r}.{nearest(str(mode), get_args(Mode))} The modes are: {modes}.")
+        hint = _OTHER_MODES.get(str(mode)) or nearest(str(mode), get_args(Mode))
+        raise ValueError(f"there is no mode {mode!r}.{hint} The modes are: {modes}.")
+    check_numbers(lr_scale=lr_scale, anchor=anchor, weight_decay=weight_decay or 0.0)
     if not lr_scale > 0:
         raise ValueError(f"lr_scale={lr_scale} is not positive; for an encoder that does not learn use mode='frozen'")
     for name, strength in {"anchor": anchor, "weight_decay": weight_decay or 0.0}.items():
