@@ -240,7 +240,9 @@ def policy_kwargs(
             anchor / 2 |w - w0|^2 is added to the loss, after SB3 has clipped the gradient.
         shift: Pixels by which pictures are shifted at random while the policy is updated, and only then (RAD,
             arXiv:2004.14990).
-        extra: Further `policy_kwargs`, such as `net_arch`.
+        extra: Further `policy_kwargs`, such as `net_arch`. Where the encoder has a rate, weight decay or anchor of its
+            own, the optimiser is among them, so that A2C leaves its `use_rms_prop` and `rms_prop_eps` unread: say
+            `optimizer_class=rlrep.sb3.EncoderAdam` or `optimizer_kwargs={"eps": 1e-3}` here instead.
 
     Raises:
         SpecError: There is no such algorithm.
