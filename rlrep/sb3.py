@@ -293,7 +293,7 @@ def policy_kwargs(
         )
     kwargs: dict[str, Any] = {"config": encoder.config}
     if mode != "scratch":
-        kwargs |= {"weights": _weights_of(encoder), "frozen": mode == "frozen"}
+        kwargs |= {"weights": weights_of(encoder), "frozen": mode == "frozen"}
     if mode == "finetune":
         kwargs |= {"lr_scale": lr_scale, "freeze": n_frozen, "weight_decay": weight_decay, "anchor": anchor}
     if shift:
@@ -350,8 +350,32 @@ class Weights(bytes):
     __str__ = __repr__
 
 
-def _weights_of(encoder: Encoder) -> Weights:
+def weights_of(encoder: Encoder) -> Weights:
+    """Returns an encoder's weights and buffers in safetensors format."""
     return Weights(save_safetensors({name: x.cpu().contiguous() for name, x in encoder.state_dict().items()}))
+
+
+def check_unchanged(
+    encoder: Encoder,
+    weights: bytes,
+    names: Iterable[str] | None = None,
+    same: Callable[[Tensor, Tensor], bool] = torch.equal,
+) -> None:
+    """Checks that an encoder has the weights it was given.
+
+    Args:
+        encoder: The encoder as it is.
+        weights: What it was given, in safetensors format.
+        names: Which to look at; all unless given.
+        same: Whether two tensors count as equal.
+
+    Raises:
+        WeightsChangedError: It has others.
+    """
+    before, now = load_safetensors(weights), encoder.state_dict()
+    pairs = {name: (before[name].to(now[name].dtype), now[name].cpu()) for name in (now if names is None else names)}
+    if changed := {name: pair for name, pair in pairs.items() if not same(*pair)}:
+        raise WeightsChangedError(_accuse(changed, {name for name, _ in encoder.named_parameters()}))
 
 
 def _accuse(changed: Mapping[str, tuple[Tensor, Tensor]], parameters: set[str]) -> str:
@@ -531,25 +555,14 @@ class EncoderExtractor(BaseFeaturesExtractor):
         return {name: x for name, x in self._everything().items() if id(x) in frozen} if frozen else {}
 
     def _guard(self, weights: Mapping[str, Tensor]) -> None:
-        """Compares weights with what they were, the first time, and later if torch says that they were written to.
-
-        SB3's updates of target networks are none that torch counts.
-        """
+        """Compares weights with what they were, the first time, and later if torch says that they were written to."""
         if any(self._versions.get(name) != x._version for name, x in weights.items()):
             self._compare(weights)
             self._versions |= {name: x._version for name, x in weights.items()}
 
     def _compare(self, weights: Mapping[str, Tensor]) -> None:
-        if self._reference is None:
-            return
-        before = load_safetensors(self._reference)
-        changed = {
-            name: (before[name].to(x.dtype), x.detach().cpu())
-            for name, x in weights.items()
-            if not self._same(before[name].to(x.dtype), x.detach().cpu())
-        }
-        if changed:
-            raise WeightsChangedError(_accuse(changed, {name for name, _ in self.encoder.named_parameters()}))
+        if self._reference is not None:
+            check_unchanged(self.encoder, self._reference, weights, self._same)
 
     def _same(self, one: Tensor, other: Tensor) -> bool:
         if self._frozen:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from sb3_cases import SETTINGS, SPACES, build, encoder_of, largest_change, state_of, venv_of
-from sb3_contrib import CrossQ, RecurrentPPO
+from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
 from rlrep import LatentVecEnv, export, policy_kwargs
 from rlrep.cli import main
@@ -86,7 +86,6 @@ def test_from_files_by_the_command_line(tmp_path: Path) -> None:
     [
         (PPO, "picture", "finetune", {}),
         (SAC, "vector", "frozen", {"use_sde": True}),
-        (CrossQ, "vector", "finetune", {}),
         (DQN, "dict", None, {}),
     ],
 )
@@ -128,6 +127,8 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         export(build(A2C, VecNormalize(LatentVecEnv(venv_of("vector"), encoder)), {}), out)
     with pytest.raises(RlrepError, match="no file"):
         export(tmp_path / "nowhere.zip", out)
+    with pytest.raises(SpaceError, match="or on stacks of them, as VecFrameStack makes"):
+        export(build(PPO, VecFrameStack(LatentVecEnv(venv_of("vector"), encoder), 3), {}), out)
     recurrent = build(RecurrentPPO, venv_of("vector"), policy_kwargs(encoder, RecurrentPPO))
     with pytest.raises(RlrepError, match="recurrent policy has a state"):
         export(recurrent, tmp_path / "out.onnx")
