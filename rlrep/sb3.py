@@ -427,7 +427,8 @@ class EncoderExtractor(BaseFeaturesExtractor):
     so that parameters learnt on one encoder cannot be loaded into a policy with another.
 
     Weights that should not have changed are compared with the pre-trained ones: all of them when `learn` starts, before
-    the first update and at `save`, as long as nothing has trained them; those of frozen layers at any time.
+    the first update and at `save`, as long as nothing has trained them; those of frozen layers at any time. Where torch
+    counts no write since the last time, as of none through `.data`, that is left to the first update and to `save`.
 
     Args:
         observation_space: As the policy has it, transposed or not.
@@ -473,7 +474,7 @@ class EncoderExtractor(BaseFeaturesExtractor):
         """What the weights have to equal while they may not change."""
         self._versions: dict[str, int] = {}
         """How often torch had written to the weights when they were compared; empty before the first time."""
-        self._trained = self._looked = False
+        self._trained = self._loaded = self._looked = False
         self.initially_frozen = freeze
         if frozen:
             object.__setattr__(self, "encoder", encoder.eval().requires_grad_(False))
@@ -517,9 +518,11 @@ class EncoderExtractor(BaseFeaturesExtractor):
             SpaceError: On the first call, if something has scaled the observations.
         """
         obs = self.raw(obs)
-        first_update = not self._trained and self.training and torch.is_grad_enabled()
-        self._guard(self._everything() if first_update else self._guarded())
-        self._trained |= first_update
+        if not self._trained and self.training and torch.is_grad_enabled():
+            # The first update. SB3's target networks get here too, and their updates are none that torch counts.
+            (self._guard if self._loaded else self._compare)(self._everything())
+            self._trained = True
+        self._guard(self._guarded())
         if not self._looked:
             self._check_raw(obs)
             self._looked = True
@@ -548,8 +551,11 @@ class EncoderExtractor(BaseFeaturesExtractor):
         return self.encoder.state_dict(keep_vars=True)
 
     def _guarded(self) -> dict[str, Tensor]:
-        """Weights that nothing may have changed by now."""
-        if not self._versions:
+        """Weights that nothing may have changed by now.
+
+        What was loaded can be a target network's, which SB3 updates without training it.
+        """
+        if not self._versions or not (self._trained or self._loaded):
             return self._everything()
         frozen = {id(x) for layer in self._frozen_layers() for x in (*layer.parameters(), *layer.buffers())}
         return {name: x for name, x in self._everything().items() if id(x) in frozen} if frozen else {}
@@ -595,8 +601,8 @@ class EncoderExtractor(BaseFeaturesExtractor):
         if self.frozen_groups is not None:
             self.freeze(int(self.frozen_groups))
         if self._pretrained:
-            self._reference = _weights_of(self.encoder)
-            self._versions, self._trained = {}, False
+            self._reference = weights_of(self.encoder)
+            self._versions, self._trained, self._loaded = {}, False, True
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._compare(self._guarded())
