@@ -47,7 +47,8 @@ def export(
     environment gives and any number of rows; its output `action` is what `predict(obs, deterministic=True)` returns.
 
     Args:
-        agent: A model, or the zip that its `save` wrote, which is trusted.
+        agent: A model, or the zip that its `save` wrote, which is trusted. That an agent learnt on features which
+            `VecNormalize` normalised, which cannot be exported, is found of a model only: SB3's zips do not say.
         out: The file, `.zip` or `.onnx`.
         encoder: That of an agent that was trained on the features of `LatentVecEnv`; found where the agent still has
             those environments.

@@ -73,13 +73,15 @@ def test_a_change_after_a_prediction_is_found_when_learning_starts(cls: type[Bas
 
 
 @over
-def test_a_change_that_torch_does_not_count_is_found_before_the_first_update(cls: type[BaseAlgorithm]) -> None:
+def test_a_change_that_torch_does_not_count_is_found_before_the_first_update(
+    cls: type[BaseAlgorithm], tmp_path: Path
+) -> None:
     model = agent(cls)
     model.predict(model.get_env().reset())
     before = {name: x.clone() for name, x in model.policy.state_dict().items() if "extractor" not in name}
     nn.init.zeros_(lowest(model).bias.data)
     with pytest.raises(WeightsChangedError, match=r"layers\.0\.bias.*an initialisation of every layer"):
-        model.save("nowhere")
+        model.save(tmp_path / "agent")
     with pytest.raises(WeightsChangedError, match=r"layers\.0\.bias.*an initialisation of every layer"):
         model.learn(40)
     after = dict(model.policy.named_parameters())
