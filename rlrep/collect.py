@@ -42,7 +42,7 @@ from rlrep.explore import Actor, Bonus, Mixture, make_explorer
 from rlrep.explore.base import beside, sample_actions
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.intrinsic import Alongside, IntrinsicReward, WithContext
-from rlrep.latent import LatentVecEnv, features_space
+from rlrep.latent import FeaturesSpace, LatentVecEnv
 from rlrep.recorder import Recorder, ground_truth
 from rlrep.registry import nearest
 from rlrep.sb3 import action_masks, check_settings, get_algorithm, policy_kwargs, policy_name
@@ -236,7 +236,7 @@ def _collect(
                 spaces.check_same(
                     venv.action_space, frozen.action_space, "the encoder for `features` was made for actions"
                 )
-            shown = features_space(frozen)
+            shown = FeaturesSpace(frozen)
         torch.manual_seed(first_seed)
         built = make_explorer(explorer, shown, venv.action_space, venv.num_envs)
         bonus = built.bonus if isinstance(built, Mixture) else built if isinstance(built, Bonus) else None

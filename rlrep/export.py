@@ -47,7 +47,8 @@ def export(
     environment gives and any number of rows; its output `action` is what `predict(obs, deterministic=True)` returns.
 
     Args:
-        agent: A model, or the zip that its `save` wrote, which is trusted.
+        agent: A model, or the zip that its `save` wrote, which is trusted. That an agent learnt on features which
+            `VecNormalize` normalised, which cannot be exported, is found of a model only: SB3's zips do not say.
         out: The file, `.zip` or `.onnx`.
         encoder: That of an agent that was trained on the features of `LatentVecEnv`; found where the agent still has
             those environments.
@@ -140,7 +141,9 @@ class _Acts(nn.Module):
 
     def __init__(self, model: BaseAlgorithm, space: Space) -> None:
         super().__init__()
-        self.policy = copy.deepcopy(model.policy).cpu().eval()
+        # A distribution holds tensors of the last update, which cannot be copied deeply; the next action replaces them.
+        held = [module.action_dist for module in model.policy.modules() if hasattr(module, "action_dist")]
+        self.policy = copy.deepcopy(model.policy, {id(x): copy.copy(x) for x in held}).cpu().eval()
         self.reorder = reordering(space, model.observation_space)
         self.bounded = isinstance(model.action_space, gym_spaces.Box)
         if isinstance(model.action_space, gym_spaces.Box):

@@ -29,7 +29,7 @@ from rlrep.encoders.recurrent import BELIEF
 from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, WARM
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.imagination import load_world_model
-from rlrep.latent import LatentVecEnv, features_space
+from rlrep.latent import FeaturesSpace, LatentVecEnv
 from rlrep.live import Watch
 from rlrep.registry import nearest
 from rlrep.sb3 import action_masks, check_settings, get_algorithm, policy_kwargs, policy_name
@@ -319,7 +319,7 @@ def finetune(
         starts = {name: cast(Start, arm.kind) for name, arm in warm.items()}
         asked = {name: {**(settings or {}), **arm.settings}.get("policy_kwargs") or {} for name, arm in warm.items()}
         acted_on = _acted_on(explored, pretrained, belief)
-        seen = space if acted_on is None else features_space(acted_on)
+        seen = space if acted_on is None else FeaturesSpace(acted_on)
         network = check_explorer(explored, starts, algorithm, asked, seen, action_space)
     record = {
         "env": str(spec),

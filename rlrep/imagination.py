@@ -25,7 +25,7 @@ from tqdm import tqdm
 from rlrep import nets, spaces
 from rlrep.dataset import Dataset, open_dataset
 from rlrep.encoders import Encoder, State, WorldModel, load_belief
-from rlrep.latent import features_space
+from rlrep.latent import FeaturesSpace
 from rlrep.registry import SpecError
 from rlrep.types import DatasetError, SpaceError, to_tensor, tree_map
 
@@ -216,7 +216,7 @@ class DreamVecEnv(VecEnv):
         self._pool: State = None
         self._left = 0
         # As in `LatentVecEnv`: what learnt in these dreams goes on with this world model only.
-        super().__init__(n_envs, features_space(self.encoder), cast(Any, model.action_space))
+        super().__init__(n_envs, FeaturesSpace(self.encoder), cast(Any, model.action_space))
 
     def reset(self) -> np.ndarray:
         """Begins every dream anew; returns the features, (N, D)."""

@@ -17,16 +17,28 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 
 from rlrep import spaces
 from rlrep.encoders import Encoder, RecurrentEncoder, State, load_encoder
-from rlrep.sb3 import reordering
+from rlrep.sb3 import check_unchanged, reordering, weights_of
 from rlrep.types import SpaceError, Tree, tree_map
 
 
-def features_space(encoder: Encoder) -> gym_spaces.Box:
-    """Returns the space of an encoder's features, with the encoder's digest on it."""
-    space = gym_spaces.Box(-np.inf, np.inf, (encoder.features_dim,), np.float32)
-    # SB3 saves the space with the agent, which can then be told from one of another encoder.
-    space.encoder_digest = encoder.digest()  # type: ignore[attr-defined]
-    return space
+class FeaturesSpace(gym_spaces.Box):
+    """The space of an encoder's features, which is not that of another encoder's.
+
+    SB3 saves it with the agent, and compares it with that of any environments the agent is to learn in.
+
+    Args:
+        encoder: What computes the features.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__(-np.inf, np.inf, (encoder.features_dim,), np.float32)
+        self.encoder_digest = encoder.digest()
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and getattr(other, "encoder_digest", self.encoder_digest) == self.encoder_digest
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()} of the encoder with digest {self.encoder_digest[:12]}"
 
 
 def check_learnt_on(model: BaseAlgorithm, encoder: Encoder) -> None:
@@ -35,8 +47,6 @@ def check_learnt_on(model: BaseAlgorithm, encoder: Encoder) -> None:
     Raises:
         SpaceError: It has learnt on something else, on another encoder's features, or on normalised ones.
     """
-    what = "the agent has not learnt on this encoder's features: the encoder gives features"
-    spaces.check_same(model.observation_space, features_space(encoder), what)
     digest = encoder.digest()
     known = getattr(model.observation_space, "encoder_digest", digest)
     if known != digest:
@@ -44,6 +54,11 @@ def check_learnt_on(model: BaseAlgorithm, encoder: Encoder) -> None:
             f"this agent was trained on the features of an encoder with digest {known[:12]}, and this one's is "
             f"{digest[:12]}: name the one that was around its environments"
         )
+    what = (
+        "the agent has not learnt on this encoder's features, or on stacks of them, as VecFrameStack makes, which "
+        "cannot be used here (stacks of observations can be encoded): the encoder gives features"
+    )
+    spaces.check_same(model.observation_space, FeaturesSpace(encoder), what)
     normalised = model.get_vec_normalize_env()
     if normalised is not None and normalised.norm_obs:
         raise SpaceError(
@@ -105,13 +120,19 @@ class LatentVecEnv(VecEnvWrapper):
             actions = cast(RecurrentEncoder, encoder).action_space
             spaces.check_same(venv.action_space, actions, "this encoder was made for actions")
         self.encoder = copy.deepcopy(encoder).to(get_device(device)).eval().requires_grad_(False)
-        super().__init__(venv, observation_space=features_space(encoder))
+        self._weights = weights_of(self.encoder)
+        super().__init__(venv, observation_space=FeaturesSpace(encoder))
         remembers = memory and not encoder.recurrent
         self._memory = _Memory(encoder.features_dim, memory) if remembers else None
         self._state: State = None
 
     def reset(self) -> VecEnvObs:
-        """Resets every environment and encodes the first observations."""
+        """Resets every environment and encodes the first observations.
+
+        Raises:
+            WeightsChangedError: Something has changed the encoder's weights.
+        """
+        check_unchanged(self.encoder, self._weights)
         obs = self.venv.reset()
         if not self.encoder.recurrent:
             return self._features(obs)

@@ -117,19 +117,27 @@ def trim_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 def provenance(seed: int | None = None) -> dict[str, Any]:
     """Returns where a result comes from: command, time, versions, machine, commit and seed."""
     packages = ("rlrep", "torch", "numpy", "gymnasium", "stable-baselines3", "minigrid", "tensorstore")
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    for name in ("sb3-contrib", "envpool", "onnx", "ray"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         root = Path(__file__).resolve().parents[1]
-        git = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
-        top, head = subprocess.run(git, capture_output=True, text=True, check=True, timeout=5).stdout.split("\n")[:2]
+
+        def git(*command: str) -> str:
+            asked = ["git", "-C", str(root), *command]
+            return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+
         # A virtual environment may lie in somebody else's repository.
-        commit = head if Path(top).resolve() == root else None
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
+            # Of no tag, in full, and "-dirty" after it where a file that git tracks differs.
+            commit = git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty")
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": seed,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
+        "versions": versions,
         "commit": commit,
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

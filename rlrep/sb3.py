@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
@@ -36,6 +37,12 @@ from rlrep.registry import SpecError, nearest
 from rlrep.types import RlrepError, SpaceError, Tree, tree_leaves, tree_map
 
 Mode = Literal["finetune", "frozen", "scratch"]
+
+_OTHER_MODES = {
+    "cached": " Features are cached around the environments: PPO('MlpPolicy', rlrep.LatentVecEnv(env, encoder)).",
+    "partial": " To train only some of the layers, use mode='finetune' with freeze=k, so many of the lowest.",
+}
+"""What else does what other names would ask for."""
 
 E = TypeVar("E", bound="EncoderExtractor")
 
@@ -204,6 +211,17 @@ def check_settings(cls: type[BaseAlgorithm], settings: Iterable[str]) -> None:
             )
 
 
+def check_numbers(**values: Any) -> None:
+    """Checks that settings are numbers.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name, value in values.items():
+        if not isinstance(value, Real):
+            raise ValueError(f"{name}={value!r} is not a number (plain YAML reads 1e-3 as text, 1.0e-3 as a number)")
+
+
 def policy_kwargs(
     encoder: str | Path | Encoder,
     algorithm: str | type[BaseAlgorithm] = "ppo",
@@ -236,7 +254,9 @@ def policy_kwargs(
             anchor / 2 |w - w0|^2 is added to the loss, after SB3 has clipped the gradient.
         shift: Pixels by which pictures are shifted at random while the policy is updated, and only then (RAD,
             arXiv:2004.14990).
-        extra: Further `policy_kwargs`, such as `net_arch`.
+        extra: Further `policy_kwargs`, such as `net_arch`. Where the encoder has a rate, weight decay or anchor of its
+            own, the optimiser is among them, so that A2C leaves its `use_rms_prop` and `rms_prop_eps` unread: say
+            `optimizer_class=rlrep.sb3.EncoderAdam` or `optimizer_kwargs={"eps": 1e-3}` here instead.
 
     Raises:
         SpecError: There is no such algorithm.
@@ -249,7 +269,9 @@ def policy_kwargs(
         raise ValueError("TRPO differentiates by every parameter, and can leave none frozen, but in mode='frozen'")
     if mode not in get_args(Mode):
         modes = ", ".join(get_args(Mode))
-        raise ValueError(f"there is no mode {mode!r}.{nearest(str(mode), get_args(Mode))} The modes are: {modes}.")
+        hint = _OTHER_MODES.get(str(mode)) or nearest(str(mode), get_args(Mode))
+        raise ValueError(f"there is no mode {mode!r}.{hint} The modes are: {modes}.")
+    check_numbers(lr_scale=lr_scale, anchor=anchor, weight_decay=weight_decay or 0.0)
     if not lr_scale > 0:
         raise ValueError(f"lr_scale={lr_scale} is not positive; for an encoder that does not learn use mode='frozen'")
     for name, strength in {"anchor": anchor, "weight_decay": weight_decay or 0.0}.items():
@@ -285,7 +307,7 @@ def policy_kwargs(
         )
     kwargs: dict[str, Any] = {"config": encoder.config}
     if mode != "scratch":
-        kwargs |= {"weights": _weights_of(encoder), "frozen": mode == "frozen"}
+        kwargs |= {"weights": weights_of(encoder), "frozen": mode == "frozen"}
     if mode == "finetune":
         kwargs |= {"lr_scale": lr_scale, "freeze": n_frozen, "weight_decay": weight_decay, "anchor": anchor}
     if shift:
@@ -342,8 +364,32 @@ class Weights(bytes):
     __str__ = __repr__
 
 
-def _weights_of(encoder: Encoder) -> Weights:
+def weights_of(encoder: Encoder) -> Weights:
+    """Returns an encoder's weights and buffers in safetensors format."""
     return Weights(save_safetensors({name: x.cpu().contiguous() for name, x in encoder.state_dict().items()}))
+
+
+def check_unchanged(
+    encoder: Encoder,
+    weights: bytes,
+    names: Iterable[str] | None = None,
+    same: Callable[[Tensor, Tensor], bool] = torch.equal,
+) -> None:
+    """Checks that an encoder has the weights it was given.
+
+    Args:
+        encoder: The encoder as it is.
+        weights: What it was given, in safetensors format.
+        names: Which to look at; all unless given.
+        same: Whether two tensors count as equal.
+
+    Raises:
+        WeightsChangedError: It has others.
+    """
+    before, now = load_safetensors(weights), encoder.state_dict()
+    pairs = {name: (before[name].to(now[name].dtype), now[name].cpu()) for name in (now if names is None else names)}
+    if changed := {name: pair for name, pair in pairs.items() if not same(*pair)}:
+        raise WeightsChangedError(_accuse(changed, {name for name, _ in encoder.named_parameters()}))
 
 
 def _accuse(changed: Mapping[str, tuple[Tensor, Tensor]], parameters: set[str]) -> str:
@@ -395,7 +441,8 @@ class EncoderExtractor(BaseFeaturesExtractor):
     so that parameters learnt on one encoder cannot be loaded into a policy with another.
 
     Weights that should not have changed are compared with the pre-trained ones: all of them when `learn` starts, before
-    the first update and at `save`, as long as nothing has trained them; those of frozen layers at any time.
+    the first update and at `save`, as long as nothing has trained them; those of frozen layers at any time. Where torch
+    counts no write since the last time, as of none through `.data`, that is left to the first update and to `save`.
 
     Args:
         observation_space: As the policy has it, transposed or not.
@@ -441,7 +488,7 @@ class EncoderExtractor(BaseFeaturesExtractor):
         """What the weights have to equal while they may not change."""
         self._versions: dict[str, int] = {}
         """How often torch had written to the weights when they were compared; empty before the first time."""
-        self._trained = self._looked = False
+        self._trained = self._loaded = self._looked = False
         self.initially_frozen = freeze
         if frozen:
             object.__setattr__(self, "encoder", encoder.eval().requires_grad_(False))
@@ -485,9 +532,11 @@ class EncoderExtractor(BaseFeaturesExtractor):
             SpaceError: On the first call, if something has scaled the observations.
         """
         obs = self.raw(obs)
-        first_update = not self._trained and self.training and torch.is_grad_enabled()
-        self._guard(self._everything() if first_update else self._guarded())
-        self._trained |= first_update
+        if not self._trained and self.training and torch.is_grad_enabled():
+            # The first update. SB3's target networks get here too, and their updates are none that torch counts.
+            (self._guard if self._loaded else self._compare)(self._everything())
+            self._trained = True
+        self._guard(self._guarded())
         if not self._looked:
             self._check_raw(obs)
             self._looked = True
@@ -516,32 +565,24 @@ class EncoderExtractor(BaseFeaturesExtractor):
         return self.encoder.state_dict(keep_vars=True)
 
     def _guarded(self) -> dict[str, Tensor]:
-        """Weights that nothing may have changed by now."""
-        if not self._versions:
+        """Weights that nothing may have changed by now.
+
+        What was loaded can be a target network's, which SB3 updates without training it.
+        """
+        if not self._versions or not (self._trained or self._loaded):
             return self._everything()
         frozen = {id(x) for layer in self._frozen_layers() for x in (*layer.parameters(), *layer.buffers())}
         return {name: x for name, x in self._everything().items() if id(x) in frozen} if frozen else {}
 
     def _guard(self, weights: Mapping[str, Tensor]) -> None:
-        """Compares weights with what they were, the first time, and later if torch says that they were written to.
-
-        SB3's updates of target networks are none that torch counts.
-        """
+        """Compares weights with what they were, the first time, and later if torch says that they were written to."""
         if any(self._versions.get(name) != x._version for name, x in weights.items()):
             self._compare(weights)
             self._versions |= {name: x._version for name, x in weights.items()}
 
     def _compare(self, weights: Mapping[str, Tensor]) -> None:
-        if self._reference is None:
-            return
-        before = load_safetensors(self._reference)
-        changed = {
-            name: (before[name].to(x.dtype), x.detach().cpu())
-            for name, x in weights.items()
-            if not self._same(before[name].to(x.dtype), x.detach().cpu())
-        }
-        if changed:
-            raise WeightsChangedError(_accuse(changed, {name for name, _ in self.encoder.named_parameters()}))
+        if self._reference is not None:
+            check_unchanged(self.encoder, self._reference, weights, self._same)
 
     def _same(self, one: Tensor, other: Tensor) -> bool:
         if self._frozen:
@@ -574,8 +615,8 @@ class EncoderExtractor(BaseFeaturesExtractor):
         if self.frozen_groups is not None:
             self.freeze(int(self.frozen_groups))
         if self._pretrained:
-            self._reference = _weights_of(self.encoder)
-            self._versions, self._trained = {}, False
+            self._reference = weights_of(self.encoder)
+            self._versions, self._trained, self._loaded = {}, False, True
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._compare(self._guarded())

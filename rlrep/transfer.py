@@ -22,7 +22,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from rlrep.interop import env_actions
 from rlrep.objectives import Objective, check_objectives, make_objective
-from rlrep.sb3 import EncoderExtractor, reordering
+from rlrep.sb3 import EncoderExtractor, check_numbers, reordering
 from rlrep.types import Batch, RlrepError, SpaceError, Tree, tree_leaves, tree_map
 
 
@@ -57,6 +57,7 @@ class Unfreeze(BaseCallback):
 
     def __init__(self, at: int, every: int | None = None) -> None:
         super().__init__()
+        check_numbers(at=at, every=1 if every is None else every)
         if at < 0 or (every is not None and every < 1):
             raise ValueError(f"at must not be negative, and every at least 1, but they are {at} and {every}")
         self.at, self.every = at, every

@@ -60,14 +60,32 @@ def test_a_change_before_learning_is_found_when_learning_starts(cls: type[BaseAl
 
 
 @over
-def test_a_change_after_a_prediction_is_found_before_the_first_update(cls: type[BaseAlgorithm]) -> None:
+def test_a_change_after_a_prediction_is_found_when_learning_starts(cls: type[BaseAlgorithm], tmp_path: Path) -> None:
+    """And before, should the agent be saved."""
+    model = agent(cls)
+    model.predict(model.get_env().reset())
+    nn.init.zeros_(lowest(model).bias)
+    for use in (lambda: model.save(tmp_path / "agent"), lambda: model.learn(40)):
+        with pytest.raises(WeightsChangedError, match=r"layers\.0\.bias.*an initialisation of every layer"):
+            use()
+    assert model.num_timesteps == 0, "no step of the environment was paid for"
+    assert not (tmp_path / "agent.zip").exists()
+
+
+@over
+def test_a_change_that_torch_does_not_count_is_found_before_the_first_update(
+    cls: type[BaseAlgorithm], tmp_path: Path
+) -> None:
     model = agent(cls)
     model.predict(model.get_env().reset())
     before = {name: x.clone() for name, x in model.policy.state_dict().items() if "extractor" not in name}
-    nn.init.zeros_(lowest(model).bias)
+    nn.init.zeros_(lowest(model).bias.data)
+    with pytest.raises(WeightsChangedError, match=r"layers\.0\.bias.*an initialisation of every layer"):
+        model.save(tmp_path / "agent")
     with pytest.raises(WeightsChangedError, match=r"layers\.0\.bias.*an initialisation of every layer"):
         model.learn(40)
-    assert all(torch.equal(x, model.policy.state_dict()[name]) for name, x in before.items())
+    after = dict(model.policy.named_parameters())
+    assert all(torch.equal(x, after[name]) for name, x in before.items() if name in after)
 
 
 @over

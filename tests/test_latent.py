@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import re
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +26,11 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
     VecTransposeImage,
 )
+from torch import nn
 
 from rlrep.encoders import Encoder, make_encoder
 from rlrep.latent import LatentVecEnv
-from rlrep.sb3 import policy_kwargs
+from rlrep.sb3 import WeightsChangedError, policy_kwargs
 from rlrep.types import RunError, SpaceError, tree_leaves, tree_map
 
 over_spaces = pytest.mark.parametrize("space", SPACES)
@@ -144,6 +148,34 @@ def test_dropout_and_batch_norm_are_off() -> None:
     obs = np.ones((2, 4), np.float32)
     assert np.array_equal(latent._encode(obs), latent._encode(obs))
     assert latent.encoder.digest() == before
+
+
+def test_an_agent_goes_on_in_features_of_its_own_encoder_only(tmp_path: Path) -> None:
+    latent, other = (LatentVecEnv(venv_of("vector"), encoder_of("vector", seed)) for seed in (7, 8))
+    assert latent.observation_space != other.observation_space
+    assert pickle.loads(pickle.dumps(latent.observation_space)) == copy.deepcopy(latent.observation_space)
+    model = build(PPO, VecNormalize(latent, norm_obs=False), {})
+    model.save(tmp_path / "agent")
+    ours, theirs = (re.escape(venv.observation_space.encoder_digest[:12]) for venv in (latent, other))
+    with pytest.raises(ValueError, match=f"spaces do not match: .* digest {ours} != .* digest {theirs}"):
+        model.set_env(other)
+    with pytest.raises(ValueError, match="spaces do not match"):
+        PPO.load(tmp_path / "agent", env=other, device="cpu")
+    PPO.load(tmp_path / "agent", env=latent, device="cpu").learn(32)
+    # Agents saved when the space was a plain one with a digest, or none, are still told apart, or taken.
+    for space in (spaces.Box(-np.inf, np.inf, (16,)), copy.deepcopy(latent.observation_space)):
+        space.__class__ = spaces.Box
+        assert space == latent.observation_space
+        assert latent.observation_space == space
+        assert (space == other.observation_space) is not hasattr(space, "encoder_digest")
+
+
+def test_weights_that_something_changed_are_an_error_when_learning_starts() -> None:
+    latent = LatentVecEnv(venv_of("vector"), encoder_of("vector"))
+    model = build(PPO, latent, {}).learn(32)
+    nn.init.zeros_(latent.encoder.layers[0].bias.data)
+    with pytest.raises(WeightsChangedError, match=r"layers\.0\.bias, by .* an initialisation of every layer"):
+        model.learn(32)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

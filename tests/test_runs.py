@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -255,6 +256,9 @@ def test_provenance_says_what_made_a_result(monkeypatch: pytest.MonkeyPatch) -> 
     assert versions["torch"] == torch.__version__
     assert versions["gymnasium"] == gymnasium.__version__
     assert versions["stable-baselines3"] == stable_baselines3.__version__
+    for name in ("sb3-contrib", "envpool", "onnx", "ray"):
+        installed = importlib.util.find_spec(name.replace("-", "_")) is not None
+        assert (versions.get(name) is not None) == installed, name
     assert "/somewhere" not in json.dumps(found)
 
 
@@ -271,6 +275,10 @@ def test_the_commit_of_a_repository_around_an_installed_copy_is_not_ours(
         package.mkdir(parents=True)
         monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
         assert runs.provenance()["commit"] == expected
+    (package / "runs.py").touch()
+    assert runs.provenance()["commit"] == expected, "a file that git does not track"
+    subprocess.run(["git", "-C", tmp_path, "add", "rlrep"], check=True)
+    assert runs.provenance()["commit"] == f"{expected}-dirty"
 
 
 # Run folders

@@ -457,11 +457,12 @@ def origins(summary: Summary, evidence: Mapping[str, Evidence]) -> Section:
     rows, notes = [], []
     for name, task in summary.folders.items():
         for stage, made in [*evidence[name].commands(), ("finetune", task.provenance)]:
+            head, dirty, _ = str(made["commit"] or "none").partition("-dirty")
             row = {
                 "stage": (stage, ""),
                 "command": (f"`{made['command']}`", ""),
                 "made": (str(made["created"]), ""),
-                "commit": (str(made["commit"] or "none")[:12], ""),
+                "commit": (head[:12] + dirty, ""),
                 "machine": (f"{made['cpus']} CPUs", str(made["platform"])),
             }
             rows.append(({"run": (name, "")} if len(summary.folders) > 1 else {}) | row)
