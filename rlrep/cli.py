@@ -126,6 +126,9 @@ class ProbeCommand:
     """Of memory, which observations count, such as 'agent_x>6'."""
     cap: int = 128
     """Of memory, how many steps of an episode are looked at."""
+    held_out: float | None = None
+    """Share of the episodes that are scored on; 0.2 unless given. Of memory 0.1: with the seed and share of the
+    encoder's pre-training these are the episodes that it held out, and with a smaller share some of them."""
     out: Path | None = None
     """A .json file for the numbers."""
 
@@ -134,12 +137,13 @@ class ProbeCommand:
         found: Probes | MemoryProbe
         # One that cannot be read costs nothing.
         (Probes if self.memory is None else MemoryProbe).read(self.require)
+        settings = vars(self.settings) | ({} if self.held_out is None else {"held_out": self.held_out})
         if self.memory is None:
             if self.where:
                 raise SettingsError("--where says which observations count for --memory, which is missing")
-            found = probe(self.encoder, self.data, **vars(self.settings))
+            found = probe(self.encoder, self.data, **settings)
         else:
-            settings = {key: value for key, value in vars(self.settings).items() if key != "k"}
+            del settings["k"]
             found = probe_memory(self.encoder, self.data, self.memory, where=self.where, cap=self.cap, **settings)
         for table in found.tables():
             _console().print(table)

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rlrep import spaces
-from rlrep.dataset import Dataset, open_dataset
+from rlrep.dataset import Dataset, open_dataset, split
 from rlrep.encoders import Encoder, RecurrentEncoder, load_belief, load_encoder, make_encoder
 from rlrep.evaluate.probes import RequirementError, classify
 from rlrep.registry import SpecError, nearest
@@ -124,7 +124,7 @@ def probe_memory(
     where: str = "",
     cap: int = 128,
     n: int = 4_000,
-    held_out: float = 0.2,
+    held_out: float = 0.1,
     seed: int = 0,
 ) -> MemoryProbe:
     """Probes features for what a factor was when it was last in sight, at observations where it is not.
@@ -140,15 +140,19 @@ def probe_memory(
         where: A condition on another factor, `agent_x>6`, that observations have to meet; all count unless given.
         cap: Steps of an episode that are looked at.
         n: Observations to fit on, at most; half as many to score on.
-        held_out: Share of the episodes that are scored on.
-        seed: Of the draw, and of the untrained encoder.
+        held_out: Share of the episodes that are scored on. With the `seed` and `held_out` of the encoder's pre-training
+            these are the episodes of its data that it held out, and with a smaller share some of them.
+        seed: Of the split, the draw and the untrained encoder.
 
     Raises:
         DatasetError: The data lack the factors, or such observations.
         RequirementError: `where` cannot be read.
         SpaceError: The encoder was made for other observations or actions.
         RunError: There is no encoder there.
+        ValueError: `held_out` is no share.
     """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out is {held_out}; it is a share between 0 and 1")
     try:
         encoder = load_belief(encoder)
     except SpecError:
@@ -166,7 +170,7 @@ def probe_memory(
         spaces.check_same(data.action_space, encoder.action_space, "this encoder was made for actions")
     rng = np.random.default_rng([seed, 6])
     condition = _condition(where, data)
-    views = data.split(held_out, rng)
+    views = split(data, held_out, seed)
     train, test = (
         _Past(view, factor, condition, cap, size, rng) for view, size in zip(views, (n, max(n // 2, 1)), strict=True)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from rlrep.encoders import Encoder, State, make_encoder
 from rlrep.encoders.recurrent import RecurrentEncoder
 from rlrep.evaluate.memory import probe_memory
 from rlrep.evaluate.probes import RequirementError, probe
+from rlrep.pretrain import pretrain
 from rlrep.registry import SpecError
 from rlrep.types import DatasetError, Episode, SpaceError
 
@@ -31,7 +33,7 @@ def write(path: Path, lengths: tuple[int, ...] = (6, 40)) -> Dataset:
     """
     rng = np.random.default_rng(0)
     with DatasetWriter(path, BOARD, MOVES, factor_names=["cue", "cue_seen", "time"]) as writer:
-        for i in range(60):
+        for i in range(120):
             n = lengths[i % len(lengths)] + 1
             cue = np.full(n, rng.integers(5, 7))
             cue[3:] = 11 - cue[0] if i % 4 < 2 else cue[0]
@@ -131,6 +133,26 @@ def test_of_a_run_it_is_the_encoder_that_remembers(data: Dataset, tmp_path: Path
     encoder.encoder.save_pretrained(tmp_path / "run" / "encoder")
     found = {place: probe_memory(tmp_path / "run" / place, data, "cue", n=60) for place in ("", "belief", "encoder")}
     assert found[""] == found["belief"] != found["encoder"]
+
+
+def test_it_scores_on_episodes_that_pretraining_held_out(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parted: list[tuple[Dataset, Dataset]] = []
+    split = Dataset.split
+
+    def spy(*args: Any) -> tuple[Dataset, Dataset]:
+        parted.append(split(*args))
+        return parted[-1]
+
+    monkeypatch.setattr(Dataset, "split", spy)
+    pretrain(data, out=tmp_path, objectives=["inverse"], updates=1, batch_size=4, held_out=0.2, seed=3)
+    for share in (0.2, 0.1):
+        probe_memory(Remembers(BOARD, MOVES), data, "cue", n=60, held_out=share, seed=3)
+    held, same, fewer = ({episode.obs.tobytes() for episode in view} for _, view in parted)
+    assert held == same > fewer
+    with pytest.raises(ValueError, match="held_out is 0; it is a share"):
+        probe_memory(Remembers(BOARD, MOVES), data, "cue", held_out=0)
 
 
 def test_the_same_seed_finds_the_same(data: Dataset) -> None:
