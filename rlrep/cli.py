@@ -18,7 +18,7 @@ from rlrep import interop, runs
 from rlrep.collect import collect
 from rlrep.dataset import Dataset, verify
 from rlrep.encoders import encoders
-from rlrep.encoders.base import AUTO
+from rlrep.encoders.base import AUTO, BELIEF, ENCODER
 from rlrep.evaluate import exploration
 from rlrep.evaluate.dreams import dream
 from rlrep.evaluate.memory import MemoryProbe, probe_memory
@@ -64,14 +64,16 @@ class PretrainCommand:
     """Dataset folders, or URLs such as s3://bucket/data; several are read as one."""
     settings: Annotated[Pretrain, Flat]
     out: Path
-    """Run folder; the encoder ends up in its `encoder/`. The same command resumes it."""
+    """Run folder; the encoder ends up in its `encoder/`, one that remembers in `belief/`. The same command goes on."""
     overwrite: bool = False
     """Start again, throwing away what is in the folder."""
 
     def __call__(self) -> None:
         """Pre-trains."""
         pretrain(self.data, out=self.out, overwrite=self.overwrite, **vars(self.settings))
-        print(f"encoder: {self.out / 'encoder'}")
+        print(f"encoder: {self.out / ENCODER}")
+        if (self.out / BELIEF).exists():
+            print(f"encoder that remembers: {self.out / BELIEF}")
 
 
 @dataclasses.dataclass(frozen=True)

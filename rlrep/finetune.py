@@ -23,8 +23,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from rlrep import runs, spaces
 from rlrep.augment import Augment
 from rlrep.dreaming import Dreaming, check_can_dream, check_options
-from rlrep.encoders import Encoder, RecurrentEncoder, load_belief, load_encoder, make_encoder
-from rlrep.encoders.recurrent import BELIEF
+from rlrep.encoders import Encoder, RecurrentEncoder, load_belief, make_encoder
+from rlrep.encoders.base import BELIEF, read_encoder
 from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, WARM
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.imagination import load_world_model
@@ -282,7 +282,7 @@ def finetune(
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
-    pretrained = load_encoder(encoder) if encoder is not None else None
+    pretrained = read_encoder(encoder) if encoder is not None else None
     belief = None
     if isinstance(pretrained, RecurrentEncoder):
         belief, pretrained = pretrained, pretrained.encoder

@@ -21,7 +21,7 @@ from rlrep import runs
 from rlrep.collect import collect, try_out
 from rlrep.dataset import COMMIT, open_dataset, split
 from rlrep.encoders import Encoder, WorldModel, load_belief, make_encoder
-from rlrep.encoders.recurrent import BELIEF
+from rlrep.encoders.base import BELIEF
 from rlrep.evaluate.dreams import DREAMS, dream
 from rlrep.evaluate.memory import SEEN, probe_memory
 from rlrep.evaluate.probes import probe
