@@ -78,8 +78,9 @@ class BeliefPolicy:
 
         Args:
             observation: (N, *obs_shape) raw observations of N environments, or of one without the first axis.
-            state: What the last call returned; None at the beginning.
-            episode_start: (N,) bool, whose memory is to be wiped first. Without it, nobody's is.
+            state: What the last call returned; None at the beginning. It is to be gone on with only in environments of
+                the same spec, which cannot be seen here.
+            episode_start: (N,) bool, whose memory, `state`, is to be wiped first. Without it, nobody's is.
             deterministic: Whether to choose the likeliest actions, or draw them.
 
         Returns:
@@ -87,6 +88,7 @@ class BeliefPolicy:
 
         Raises:
             SpaceError: The encoder was made for other observations.
+            TypeError: The state is nothing that this returned.
             ValueError: The state is that of another encoder, or of another number of environments.
         """
         single, n = self._count(observation)
@@ -95,6 +97,10 @@ class BeliefPolicy:
         if state is None:
             state = self._nothing(n)
             first = np.ones(n, bool)
+        elif not isinstance(state, Belief):
+            raise TypeError(
+                f"a state is what the last call of predict returned, or None to begin, not {type(state).__name__}"
+            )
         elif state.encoder != self._identity:
             raise ValueError("this state was made by another encoder; begin an episode with state=None")
         if len(state) != n or len(first) != n:

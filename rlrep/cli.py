@@ -18,7 +18,7 @@ from rlrep import interop, runs
 from rlrep.collect import collect
 from rlrep.dataset import Dataset, verify
 from rlrep.encoders import encoders
-from rlrep.encoders.base import AUTO
+from rlrep.encoders.base import AUTO, BELIEF, ENCODER
 from rlrep.evaluate import exploration
 from rlrep.evaluate.dreams import dream
 from rlrep.evaluate.memory import MemoryProbe, probe_memory
@@ -64,14 +64,16 @@ class PretrainCommand:
     """Dataset folders, or URLs such as s3://bucket/data; several are read as one."""
     settings: Annotated[Pretrain, Flat]
     out: Path
-    """Run folder; the encoder ends up in its `encoder/`. The same command resumes it."""
+    """Run folder; the encoder ends up in its `encoder/`, one that remembers in `belief/`. The same command goes on."""
     overwrite: bool = False
     """Start again, throwing away what is in the folder."""
 
     def __call__(self) -> None:
         """Pre-trains."""
         pretrain(self.data, out=self.out, overwrite=self.overwrite, **vars(self.settings))
-        print(f"encoder: {self.out / 'encoder'}")
+        print(f"encoder: {self.out / ENCODER}")
+        if (self.out / BELIEF).exists():
+            print(f"encoder that remembers: {self.out / BELIEF}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,9 @@ class ProbeCommand:
     """Of memory, which observations count, such as 'agent_x>6'."""
     cap: int = 128
     """Of memory, how many steps of an episode are looked at."""
+    held_out: float | None = None
+    """Share of the episodes that are scored on; 0.2 unless given. Of memory 0.1: with the seed and share of the
+    encoder's pre-training these are the episodes that it held out, and with a smaller share some of them."""
     out: Path | None = None
     """A .json file for the numbers."""
 
@@ -134,12 +139,13 @@ class ProbeCommand:
         found: Probes | MemoryProbe
         # One that cannot be read costs nothing.
         (Probes if self.memory is None else MemoryProbe).read(self.require)
+        settings = vars(self.settings) | ({} if self.held_out is None else {"held_out": self.held_out})
         if self.memory is None:
             if self.where:
                 raise SettingsError("--where says which observations count for --memory, which is missing")
-            found = probe(self.encoder, self.data, **vars(self.settings))
+            found = probe(self.encoder, self.data, **settings)
         else:
-            settings = {key: value for key, value in vars(self.settings).items() if key != "k"}
+            del settings["k"]
             found = probe_memory(self.encoder, self.data, self.memory, where=self.where, cap=self.cap, **settings)
         for table in found.tables():
             _console().print(table)

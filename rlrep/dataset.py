@@ -1266,6 +1266,14 @@ def open_dataset(
     return data if frame_stack == data.frame_stack else data.stacked(frame_stack)
 
 
+def split(data: Dataset, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Returns the episodes that `pretrain` learns from with these settings, and those that it holds out; all, for 0.
+
+    With a smaller share it holds out some of the same.
+    """
+    return data.split(held_out, np.random.default_rng([seed, 0])) if held_out else (data, data)
+
+
 def _interleave(frames: Any) -> Any:
     """Concatenates (B, T, k, *shape) along the last axis of the shape: (B, T, *shape[:-1], k * shape[-1])."""
     if isinstance(frames, torch.Tensor):

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from rlrep.imagination import ConstantReward, DreamVecEnv, check_made_for, fit_r
 from rlrep.latent import LatentVecEnv, check_learnt_on
 from rlrep.recorder import Recorder
 from rlrep.registry import nearest
-from rlrep.types import Episode, RlrepError
+from rlrep.types import Episode, RewardWarning, RlrepError
 
 BUDGET = 2**28
 """Bytes of memory for what was recorded: it is read again each time, and other agents may learn beside this one."""
@@ -204,15 +205,18 @@ class Dreaming(BaseCallback):
             return
         data = Dataset(self.out, budget=BUDGET)
         try:
-            reward = fit_reward(
-                self.encoder,
-                data,
-                steps=self.steps,
-                updates=self.updates,
-                seed=self.seed,
-                device=str(self.device),
-                progress=False,
-            )
+            with warnings.catch_warnings():
+                # At first little is known, and how well they are foretold is logged each time.
+                warnings.simplefilter("ignore", RewardWarning)
+                reward = fit_reward(
+                    self.encoder,
+                    data,
+                    steps=self.steps,
+                    updates=self.updates,
+                    seed=self.seed,
+                    device=str(self.device),
+                    progress=False,
+                )
         except ConstantReward:
             return
         model = self.model

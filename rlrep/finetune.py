@@ -8,7 +8,7 @@ import io
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -24,8 +24,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from rlrep import runs, spaces
 from rlrep.augment import Augment
 from rlrep.dreaming import Dreaming, check_can_dream, check_options
-from rlrep.encoders import Encoder, RecurrentEncoder, load_belief, load_encoder, make_encoder
-from rlrep.encoders.recurrent import BELIEF
+from rlrep.encoders import Encoder, RecurrentEncoder, load_belief, make_encoder
+from rlrep.encoders.base import BELIEF, read_encoder
 from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, WARM
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.imagination import load_world_model
@@ -283,7 +283,7 @@ def finetune(
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1, not {count}")
-    pretrained = load_encoder(encoder) if encoder is not None else None
+    pretrained = read_encoder(encoder) if encoder is not None else None
     belief = None
     if isinstance(pretrained, RecurrentEncoder):
         belief, pretrained = pretrained, pretrained.encoder
@@ -506,7 +506,7 @@ class _Evaluate(BaseCallback):
         self.job, self.evaluation, self.seed, self.send = job, evaluation, seed, send
         self.next_at = job["eval_every"]
         self.evaluating, self.started = 0.0, time.perf_counter()
-        self.evaluate = evaluate_policy
+        self.evaluate: Callable[..., Any] = evaluate_policy
 
     def _init_callback(self) -> None:
         if action_masks(type(self.model).__name__, self.evaluation)[0] is not None:
@@ -527,7 +527,7 @@ class _Evaluate(BaseCallback):
         with _generators_apart(self.model, self.seed):
             self.evaluation.seed(self.seed)
             found = self.evaluate(
-                cast(Any, self.model),
+                self.model,
                 self.evaluation,
                 n_eval_episodes=self.job["eval_episodes"],
                 deterministic=self.job["deterministic"],

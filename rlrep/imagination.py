@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -27,10 +28,13 @@ from rlrep.dataset import Dataset, open_dataset
 from rlrep.encoders import Encoder, State, WorldModel, load_belief
 from rlrep.latent import FeaturesSpace
 from rlrep.registry import SpecError
-from rlrep.types import DatasetError, SpaceError, to_tensor, tree_map
+from rlrep.types import DatasetError, RewardWarning, SpaceError, to_tensor, tree_map
 
 ROWS = 2**13
 """Observations that are read at once, at most."""
+
+LITTLE = 0.1
+"""Share of the variance of held-out rewards; a head that explains less is warned of."""
 
 LONGEST = 256
 """Steps that a belief is followed for; longer episodes are cut, and nothing is known after a cut of what was before."""
@@ -110,8 +114,9 @@ def fit_reward(
         updates: Gradient steps.
         batch_size: Transitions in a batch.
         learning_rate: Of Adam.
-        held_out: Fraction of the episodes on which `RewardHead.explained` is measured; `steps` bounds these too, drawn
-            evenly.
+        held_out: Fraction of the episodes on which `RewardHead.explained` is measured, of those in which something is
+            paid as of the others; `steps` bounds these too, drawn evenly. Where it is less than a tenth, a
+            `RewardWarning` says so.
         seed: Of initialisation, dreams, batches and the split.
         device: Where it computes; `auto` is a GPU if there is one.
         progress: Show a progress bar.
@@ -121,14 +126,17 @@ def fit_reward(
         SpecError: It cannot dream.
         SpaceError: It was made for other observations or actions.
         DatasetError: The reward is always the same (`ConstantReward`), or there is only one episode.
+        ValueError: A number out of range.
     """
     model = load_world_model(encoder)
     dataset = open_dataset(data)
     check_made_for(model, dataset)
     if min(steps, updates, batch_size) < 1:
         raise ValueError(f"steps, updates and batch_size must be at least 1, not {steps}, {updates} and {batch_size}")
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out is {held_out}; it is a share between 0 and 1")
     rng = np.random.default_rng([seed, 5])
-    train, test = dataset.split(held_out, rng)
+    train, test = _split(dataset, held_out, rng)
     place = get_device(device)
     model = copy.deepcopy(model).to(place).eval()
     with _seeded(seed, place):
@@ -153,6 +161,14 @@ def fit_reward(
             error = F.mse_loss(head(features), rewards)
         if rewards.max() > rewards.min():
             head.explained = float(1 - error / rewards.var(correction=0))
+    if head.explained < LITTLE:
+        warnings.warn(
+            f"the rewards of held-out episodes are foretold hardly better than by their mean: {head.explained:.2f} of "
+            "their variance is explained, 1 at best, and what is learnt in dreams will be worth as little. Use data in "
+            "which more is paid, raise updates or steps, or train the world model for longer.",
+            RewardWarning,
+            stacklevel=2,
+        )
     return head.to("cpu").eval().requires_grad_(False)
 
 
@@ -332,6 +348,19 @@ def _paid(data: Dataset, start: np.ndarray, length: np.ndarray) -> np.ndarray:
     values, counts = np.unique(reward[on], return_counts=True)
     before = np.concatenate([[0], np.cumsum(on & (reward != values[counts.argmax()]))])
     return before[start + length] > before[start]
+
+
+def _split(data: Dataset, held_out: float, rng: np.random.Generator) -> tuple[Dataset, Dataset]:
+    """As `Dataset.split`, of episodes in which something is paid as of the others; a single one is learnt from."""
+    paid = _paid(data, data.table["start"], data.table["length"])
+    held = np.zeros(len(paid), dtype=bool)
+    for alike in map(np.flatnonzero, (paid, ~paid)):
+        n = min(max(round(held_out * len(alike)), 1), len(alike) - 1)
+        held[rng.permutation(alike)[:n]] = True
+    if not held.any():
+        # Of either kind there is one, or only one in all.
+        return data.split(held_out, rng)
+    return data.select(np.flatnonzero(~held)), data.select(np.flatnonzero(held))
 
 
 def _walk(model: WorldModel, data: Dataset, start: np.ndarray, length: np.ndarray) -> Iterator[tuple[Tensor, State]]:

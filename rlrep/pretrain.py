@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlrep import distributed, runs
-from rlrep.dataset import Dataset, open_dataset
+from rlrep.dataset import Dataset, open_dataset, split
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.collapse import collapse, has_collapsed
 from rlrep.evaluate.probes import Prober
@@ -210,11 +210,6 @@ def pretrain(
             # Nobody returns before the encoder is on disk.
             distributed.broadcast(b"")
     return built.eval()
-
-
-def split(data: Dataset, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Returns the episodes that `pretrain` learns from with these settings, and those that it holds out; all, for 0."""
-    return data.split(held_out, np.random.default_rng([seed, 0])) if held_out else (data, data)
 
 
 def bfloat16_pays(device: torch.device) -> bool:

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from rlrep import runs
 from rlrep.collect import collect, try_out
-from rlrep.dataset import COMMIT, open_dataset
+from rlrep.dataset import COMMIT, open_dataset, split
 from rlrep.encoders import Encoder, WorldModel, load_belief, make_encoder
-from rlrep.encoders.recurrent import BELIEF
+from rlrep.encoders.base import BELIEF
 from rlrep.evaluate.dreams import DREAMS, dream
 from rlrep.evaluate.memory import SEEN, probe_memory
 from rlrep.evaluate.probes import ACTION, probe
@@ -32,7 +32,7 @@ from rlrep.explore import Actor, explorers
 from rlrep.fanout import JobFailure, Send, map_jobs
 from rlrep.finetune import REMEMBERING, finetune, parse_arms
 from rlrep.objectives import Objective, objectives
-from rlrep.pretrain import pretrain, split
+from rlrep.pretrain import pretrain
 from rlrep.registry import split_spec
 from rlrep.settings import SettingsError, changed, dump_yaml, load_yaml, settings_of
 from rlrep.types import RlrepError, RunError
@@ -57,7 +57,7 @@ else:
         defaults={"steps": 0, "explorer": "count"},
     )
     Pretrain = settings_of(pretrain, omit=("data", "out", "overwrite"), name="Pretrain")
-    Probe = settings_of(probe, omit=("encoder", "data"), name="Probe")
+    Probe = settings_of(probe, omit=("encoder", "data", "held_out"), name="Probe")
     Dream = settings_of(dream, omit=("encoder", "data", "out"), name="Dream")
     Finetune = settings_of(finetune, omit=("env", "encoder", "explorer", "out", "overwrite"), name="Finetune")
 
@@ -206,7 +206,9 @@ def _look_at_features(trained: Path, folders: Sequence[Path], settings: Pretrain
         remembered = trained / f"memory-{factor}.json"
         if factor + SEEN in data.factor_names and not remembered.exists():
             with _told(f"what the model remembers of {factor}"):
-                runs.write_json(remembered, probe_memory(model, data, factor).to_json())
+                # Where nothing was held out, all episodes were learnt from.
+                asked = {"held_out": settings.held_out or 0.1, "seed": settings.seed}
+                runs.write_json(remembered, probe_memory(model, data, factor, **asked).to_json())
 
 
 @contextlib.contextmanager

@@ -41,6 +41,10 @@ class ClusterError(RlrepError):
     """A Ray cluster cannot be reached or used."""
 
 
+class RewardWarning(UserWarning):
+    """Rewards are foretold hardly better than by their mean."""
+
+
 class CollapseWarning(UserWarning):
     """The features being learnt carry almost no information."""
 

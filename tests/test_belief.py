@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormali
 
 from rlrep.belief import BeliefPolicy
 from rlrep.collect import collect
-from rlrep.encoders import load_belief, make_encoder
+from rlrep.encoders import load_belief, load_encoder, make_encoder
+from rlrep.encoders.base import read_encoder
 from rlrep.explore import Bonus, make_explorer
 from rlrep.intrinsic import IntrinsicReward
 from rlrep.latent import LatentVecEnv
@@ -252,6 +254,8 @@ def test_a_state_belongs_to_its_environments_and_its_encoder() -> None:
     with pytest.raises(SpaceError, match="made for observations"):
         agent.predict(told((4,)).reset(), state)
     _, strange = other.predict(told((4,)).reset())
+    with pytest.raises(TypeError, match=r"what the last call of predict returned.*not ndarray"):
+        agent.predict(obs, np.zeros((1, 4, 8)))
     with pytest.raises(ValueError, match="another encoder"):
         agent.predict(obs, strange)
     with pytest.raises(ValueError, match="an episode_start of 3"):
@@ -296,6 +300,13 @@ def test_a_run_has_both_encoders(tmp_path: Path) -> None:
         assert load_belief(place).digest() == encoder.digest()
     latent = LatentVecEnv(venv_of(Recall), tmp_path / "run" / "belief")
     assert latent.reset().shape == (4, 2 * (LENGTH + 2))
+    with pytest.warns(UserWarning, match=r"two encoders.*single observations is taken: name \S+belief .* \S+encoder"):
+        assert LatentVecEnv(venv_of(Recall), tmp_path / "run").encoder.digest() == encoder.encoder.digest()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_encoder(tmp_path / "run" / "encoder").digest() == encoder.encoder.digest()
+        assert read_encoder(tmp_path / "run").digest() == encoder.encoder.digest()
+        load_belief(tmp_path / "run")
     with pytest.raises(RunError, match="no encoder"):
         load_belief(tmp_path / "elsewhere")
 

@@ -179,6 +179,15 @@ def test_no_arguments_shows_help() -> None:
     )
 
 
+def test_both_encoders_of_a_pretraining_are_named(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--objectives gru:steps=2,width=4,decoder_width=4 --updates 1 --batch-size 2 --held-out 0"
+    assert main(["pretrain", str(chain / "data"), *options.split(), "--out", str(tmp_path / "run")]) == 0
+    named = [line.rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert named[-2:] == [str(tmp_path / "run" / "encoder"), str(tmp_path / "run" / "belief")]
+
+
 def test_coverage_compares_datasets_and_features_explore(
     chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

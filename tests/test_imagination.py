@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rlrep.imagination import DreamVecEnv, RewardHead, fit_reward
 from rlrep.latent import LatentVecEnv
 from rlrep.objectives import make_objective
 from rlrep.registry import SpecError
-from rlrep.types import DatasetError, Episode, SpaceError
+from rlrep.types import DatasetError, Episode, RewardWarning, SpaceError
 
 MODEL = CorridorModel(Corridor.observation_space, Corridor.action_space)
 
@@ -38,7 +39,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def reward(data: Dataset) -> RewardHead:
-    return fit_reward(MODEL, data, updates=400, learning_rate=3e-3, device="cpu")
+    with warnings.catch_warnings():
+        # They are foretold well, of which there is nothing to be said.
+        warnings.simplefilter("error", RewardWarning)
+        return fit_reward(MODEL, data, updates=400, learning_rate=3e-3, device="cpu")
 
 
 def cell(features: np.ndarray) -> np.ndarray:
@@ -75,6 +79,23 @@ def test_what_is_seldom_paid_is_not_missed(data: Dataset) -> None:
     steps = 2 * int(few.table["length"].max())
     for seed in range(3):
         assert float(fit_reward(MODEL, few, steps=steps, updates=2, seed=seed, device="cpu").high) == 1
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_is_paid_in_few_episodes_is_learnt_from_and_where_it_can_be_held_out_too(data: Dataset, n: int) -> None:
+    paid = [bool(episode.reward.any()) for episode in data]
+    few = data.select([paid.index(True)] * n + [paid.index(False)] * 5)
+    for seed in range(4):
+        train, held = imagination._split(few, 0.5, np.random.default_rng(seed))
+        assert [sum(bool(episode.reward.any()) for episode in part) for part in (train, held)] == [1, n - 1]
+        assert train.n_episodes + held.n_episodes == 5 + n
+
+
+def test_rewards_that_are_not_foretold_are_warned_of(data: Dataset) -> None:
+    with pytest.warns(RewardWarning, match=r"hardly better than by their mean: -?\d.*raise updates"):
+        fit_reward(MODEL, data, updates=1, learning_rate=1e-6, device="cpu")
+    with pytest.raises(ValueError, match="held_out is 0; it is a share"):
+        fit_reward(MODEL, data, held_out=0)
 
 
 def test_dreams_begin_where_data_lead_and_go_where_actions_lead(data: Dataset, reward: RewardHead) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -25,6 +27,8 @@ from rlrep.types import RunError, SpaceError, Tree, tree_map
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB = "hf://"
+ENCODER, BELIEF = "encoder", "belief"
+"""Folders of a pre-training run: the encoder of one observation, and beside it the recurrent one, if there is one."""
 
 AUTO: dict[spaces.Kind, str] = {
     "picture": "nature",
@@ -289,7 +293,26 @@ def load_encoder(encoder: str | Path | Url | Encoder) -> Encoder:
     """Returns an encoder from its folder, a URL such as `s3://bucket/encoder`, or as it is.
 
     A run folder of `rlrep pretrain` is accepted as well as the encoder folder in it; `hf://user/name` is a repository
-    on the Hugging Face hub.
+    on the Hugging Face hub. Of a run that has two, it is the encoder of single observations, with a warning.
+
+    Raises:
+        RunError: There is no encoder there, or its files are damaged.
+    """
+    if not isinstance(encoder, Encoder) and not str(encoder).startswith(HUB):
+        place = locate(encoder)
+        # Where the place itself cannot be read, `read_encoder` says so.
+        with contextlib.suppress(OSError):
+            if all((place / name / CONFIG).is_file() for name in (ENCODER, BELIEF)):
+                warnings.warn(
+                    f"{place} holds two encoders, of which that of single observations is taken: name "
+                    f"{place / BELIEF} for the one that remembers, or {place / ENCODER} for this one",
+                    stacklevel=2,
+                )
+    return read_encoder(encoder)
+
+
+def read_encoder(encoder: str | Path | Url | Encoder) -> Encoder:
+    """Does as `load_encoder`, without a warning: for those who know that a run can have two encoders.
 
     Raises:
         RunError: There is no encoder there, or its files are damaged.
@@ -301,7 +324,7 @@ def load_encoder(encoder: str | Path | Url | Encoder) -> Encoder:
     path = locate(encoder)
     if isinstance(path, Url):
         return _download(path)
-    for folder in (path, path / "encoder"):
+    for folder in (path, path / ENCODER):
         if (folder / CONFIG).exists():
             # The hub mixin reads it too, but says of a damaged file only what the JSON parser says.
             runs.read_json(folder / CONFIG)
@@ -325,7 +348,7 @@ def _from_hub(repository: str) -> Encoder:
 def _download(url: Url) -> Encoder:
     """Reads an encoder, or that of a run, from an object store."""
     try:
-        folder = next((each for each in (url, url / "encoder") if (each / CONFIG).is_file()), None)
+        folder = next((each for each in (url, url / ENCODER) if (each / CONFIG).is_file()), None)
         if folder is None:
             raise RunError(f"there is no encoder at {url}: it has no {CONFIG}")
         return from_config(runs.read_json(folder / CONFIG), (folder / WEIGHTS).read_bytes()).eval()

@@ -14,13 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlrep import spaces
-from rlrep.encoders.base import CONFIG, HUB, Encoder, State, encoders, load_encoder, make_encoder
+from rlrep.encoders.base import BELIEF, CONFIG, HUB, Encoder, State, encoders, make_encoder, read_encoder
 from rlrep.registry import SpecError
 from rlrep.storage import Url, locate
 from rlrep.types import SpaceError, Tree, tree_map
-
-BELIEF = "belief"
-"""The folder of a pre-training run with the recurrent encoder, beside that of one observation."""
 
 
 class RecurrentEncoder(Encoder):
@@ -95,7 +92,11 @@ class RecurrentEncoder(Encoder):
         return self.flatten_action(torch.where(where, start, action)) * ~absent[:, None]
 
     def step(self, obs: Tree, action: Tensor, first: Tensor, state: State) -> tuple[Tensor, State]:
-        """Encodes one observation of N environments; see `Encoder.step`."""
+        """Encodes one observation of N environments; see `Encoder.step`.
+
+        Raises:
+            ValueError: The state is that of another encoder, or of another number of environments.
+        """
         state = self._forgotten(first, state)
         state = self.advance(self.encoder(obs), self.flat_action(action, absent=first), state)
         return self.features(state), state
@@ -112,10 +113,14 @@ class RecurrentEncoder(Encoder):
         return self.features(states), tree_map(lambda x: x[:, -1], states)
 
     def unroll(self, embedding: Tensor, action: Tensor, first: Tensor, state: State | None = None) -> State:
-        """Returns the states (B, T+1, ...) after every observation; arguments as of `follow`."""
+        """Returns the states (B, T+1, ...) after every observation; arguments as of `follow`.
+
+        Raises:
+            ValueError: The state is that of another encoder, or of another number of segments.
+        """
         flat = self.flat_action(action.flatten(0, 1)).unflatten(0, first.shape)
         begun = self.advance(embedding[:, 0], torch.zeros_like(flat[:, 0]), self.initial(len(first)))
-        found = [begun if state is None else _where(first[:, 0], begun, state)]
+        found = [begun if state is None else self._either(first[:, 0], begun, state)]
         # An observation after the first may begin an episode where segments are joined.
         resets = [*first[:, 1:].any(dim=0).tolist(), False]
         for i, reset in enumerate(resets, start=1):
@@ -127,7 +132,17 @@ class RecurrentEncoder(Encoder):
         return tree_map(lambda *steps: torch.stack(steps, dim=1), *found)
 
     def _forgotten(self, first: Tensor, state: State) -> State:
-        return _where(first, self.initial(len(first)), state)
+        return self._either(first, self.initial(len(first)), state)
+
+    def _either(self, first: Tensor, new: State, state: State) -> State:
+        """The rows of a new state where `first` (N,), those of the one that was handed in elsewhere."""
+        expected, found = (tree_map(lambda x: tuple(x.shape), each) for each in (new, state))
+        if found != expected:
+            raise ValueError(
+                f"this is no state of encoder {self.name!r} for {len(first)} environments or segments: it has {found}, "
+                f"and should have {expected}"
+            )
+        return tree_map(lambda a, b: torch.where(first.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, state)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -162,11 +177,6 @@ class WorldModel(RecurrentEncoder):
     def continues(self, features: Tensor) -> Tensor:
         """Returns the probability (N,) that an episode does not terminate where it has features (N, D)."""
         raise NotImplementedError
-
-
-def _where(condition: Tensor, one: State, other: State) -> State:
-    """The rows of one state where `condition` (N,), those of the other elsewhere."""
-    return tree_map(lambda a, b: torch.where(condition.reshape(-1, *(1,) * (a.ndim - 1)), a, b), one, other)
 
 
 @encoders.register("recurrent")
@@ -218,7 +228,7 @@ class Recurrent(RecurrentEncoder):
             return super().unroll(embedding, action, first, state)
         flat = self.flat_action(action.flatten(0, 1)).unflatten(0, first.shape)
         begun = self.advance(embedding[:, 0], torch.zeros_like(flat[:, 0]), self.initial(len(first)))
-        begun = begun if state is None else _where(first[:, 0], begun, state)
+        begun = begun if state is None else self._either(first[:, 0], begun, state)
         memory = self._run(torch.cat([embedding[:, 1:], flat], dim=-1), begun["memory"])
         rest = {"embedding": embedding[:, 1:], "memory": memory}
         return tree_map(lambda start, more: torch.cat([start[:, None], more], dim=1), begun, rest)
@@ -230,18 +240,18 @@ class Recurrent(RecurrentEncoder):
 
 
 def load_belief(encoder: str | Path | Url | Encoder) -> RecurrentEncoder:
-    """Returns a recurrent encoder: from the `belief/` of a pre-training run, as `load_encoder` finds it, or as it is.
+    """Returns a recurrent encoder: from the `belief/` of a pre-training run, as `load_encoder` finds one, or as it is.
 
     Raises:
         RunError: There is no encoder there, or its files are damaged.
         SpecError: It has no memory.
     """
     if not isinstance(encoder, Encoder) and not str(encoder).startswith(HUB):
-        # Where the place itself cannot be read, `load_encoder` says so.
+        # Where the place itself cannot be read, `read_encoder` says so.
         with contextlib.suppress(OSError):
             if ((place := locate(encoder)) / BELIEF / CONFIG).is_file():
                 encoder = place / BELIEF
-    found = load_encoder(encoder)
+    found = read_encoder(encoder)
     if not isinstance(found, RecurrentEncoder):
         raise SpecError(
             f"encoder {found.name!r} has no memory, and one is needed that has: name the folder {BELIEF}/ of a "

@@ -369,7 +369,9 @@ def curves(dreams: Dreams) -> Figure:
     ax = figure.add_subplot()
     ahead = np.arange(1, len(dreams.n) + 1)
     ax.plot(ahead, dreams.dreamt, color="#d07030", label="dream")
-    ax.plot(ahead, dreams.uncertainty, color="#d07030", linestyle=":", label="uncertainty: dreams differ by")
+    # A model that leaves nothing to chance has none.
+    if dreams.uncertainty.any():
+        ax.plot(ahead, dreams.uncertainty, color="#d07030", linestyle=":", label="uncertainty: dreams differ by")
     ax.plot(ahead, dreams.repeated, color="#777777", label="last observation repeated")
     ax.plot(ahead, dreams.seen, color="#40a060", label="decoded, all seen")
     ax.set_xlabel("steps ahead")

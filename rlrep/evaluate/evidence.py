@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from rlrep import runs
-from rlrep.dataset import COMMIT, META, PARTS, Dataset, open_dataset, parts_of
+from rlrep.dataset import COMMIT, META, PARTS, Dataset, open_dataset, parts_of, split
 from rlrep.encoders import Encoder, load_encoder, make_encoder
 from rlrep.evaluate.comparison import Task
 from rlrep.evaluate.dreams import DREAMS
@@ -180,9 +180,9 @@ def draw_features(task: Task, evidence: Evidence) -> tuple[Figure, list[str]] | 
     if not data.factor_names:
         return None
     seed, share = settings.get("seed", 0), settings.get("held_out", 0)
-    if share and data.n_episodes > 1:
+    if data.n_episodes > 1:
         # The episodes that pre-training held out.
-        data = data.split(share, np.random.default_rng([seed, 0]))[1]
+        data = split(data, share, seed)[1]
     rng = np.random.default_rng(0)
     rows = np.sort(rng.choice(data.n_observations, min(N_OBSERVATIONS, data.n_observations), replace=False))
     factors = _varying(data.factors(rows))

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rlrep import spaces
-from rlrep.dataset import Dataset, open_dataset
+from rlrep.dataset import Dataset, open_dataset, split
 from rlrep.encoders import Encoder, RecurrentEncoder, load_belief, load_encoder, make_encoder
 from rlrep.evaluate.probes import RequirementError, classify
 from rlrep.registry import SpecError, nearest
@@ -30,6 +30,9 @@ SEEN = "_seen"
 
 ALL = "all"
 """The last row, of every age."""
+
+FEW = 10
+"""Observations; an accuracy on fewer says little."""
 
 PER_EPISODE = 8
 """Observations of one episode at most: its others say almost the same."""
@@ -45,8 +48,9 @@ class MemoryProbe:
     factor: str
     where: str
     rows: list[dict[str, Any]]
-    """For each bin of ages, and last for `all`: `age`, `n`, `chance`, and the accuracy of a linear probe of `untrained`
-    features, of `memoryless` ones (those of the current observation) and of the encoder's, `accuracy`."""
+    """For each bin of ages, and last for `all`: `age`, `n`, `chance` (the share of the commonest value among these n,
+    the best that always guessing the same can do), and the accuracy of a linear probe of `untrained` features, of
+    `memoryless` ones (those of the current observation) and of the encoder's, `accuracy`."""
     n_train: int
 
     def to_json(self) -> dict[str, Any]:
@@ -60,15 +64,16 @@ class MemoryProbe:
         columns = ("chance", "untrained", "memoryless", "accuracy")
         table = Table("steps since seen", "n", *columns, title=title, title_justify="left")
         for row in self.rows:
-            table.add_row(row["age"], f"{row['n']:,}", *(f"{row[name]:.3f}" for name in columns))
+            n = f"{row['n']:,}" + (" (few)" if row["n"] < FEW else "")
+            table.add_row(row["age"], n, *(f"{row[name]:.3f}" for name in columns))
         return [table]
 
     def draw(self) -> Figure:
-        """Returns the accuracies over the steps since the factor was last in sight."""
+        """Returns the accuracies over the steps since the factor was last in sight, where they are of enough."""
         figure = Figure(figsize=(7.2, 3.0), layout="constrained")
         FigureCanvasAgg(figure)
         ax = figure.subplots()
-        rows = [row for row in self.rows if row["age"] != ALL]
+        rows = [row for row in self.rows if row["age"] != ALL and row["n"] >= FEW]
         for name, colour, label in (
             ("accuracy", "#0072b2", "features that remember"),
             ("memoryless", "#d55e00", "features of the current observation"),
@@ -124,13 +129,14 @@ def probe_memory(
     where: str = "",
     cap: int = 128,
     n: int = 4_000,
-    held_out: float = 0.2,
+    held_out: float = 0.1,
     seed: int = 0,
 ) -> MemoryProbe:
     """Probes features for what a factor was when it was last in sight, at observations where it is not.
 
     A linear probe, fitted on some episodes and scored on others, beside the same of an untrained encoder of this make
-    and of the features of the current observation alone. Where the latter beat chance, the task is no test of memory.
+    and of the features of the current observation alone. Where the latter beat chance, the best that always guessing
+    the same can do, the task is no test of memory.
 
     Args:
         encoder: A recurrent encoder, its folder, or that of the run that trained it; one without memory is a control.
@@ -140,33 +146,38 @@ def probe_memory(
         where: A condition on another factor, `agent_x>6`, that observations have to meet; all count unless given.
         cap: Steps of an episode that are looked at.
         n: Observations to fit on, at most; half as many to score on.
-        held_out: Share of the episodes that are scored on.
-        seed: Of the draw, and of the untrained encoder.
+        held_out: Share of the episodes that are scored on. With the `seed` and `held_out` of the encoder's pre-training
+            these are the episodes of its data that it held out, and with a smaller share some of them.
+        seed: Of the split, the draw and the untrained encoder.
 
     Raises:
         DatasetError: The data lack the factors, or such observations.
         RequirementError: `where` cannot be read.
         SpaceError: The encoder was made for other observations or actions.
         RunError: There is no encoder there.
+        ValueError: `held_out` is no share.
     """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out is {held_out}; it is a share between 0 and 1")
     try:
         encoder = load_belief(encoder)
     except SpecError:
         encoder = load_encoder(encoder)
     data = data if isinstance(data, Dataset) else open_dataset(data)
     spaces.check_same(data.observation_space, encoder.observation_space, "this encoder was made for observations")
+    known = [name for name in data.factor_names if name + SEEN in data.factor_names]
     for name in (factor, factor + SEEN):
         if name not in data.factor_names:
             raise DatasetError(
-                f"{', '.join(map(str, data.paths))} has no factor {name!r}.{nearest(name, data.factor_names)} What is "
-                f"to be remembered needs a factor, and one called <factor>{SEEN} that says where it is in sight. "
-                f"There are: {', '.join(data.factor_names) or 'none'}"
+                f"{', '.join(map(str, data.paths))} has no factor {name!r}.{nearest(factor, known)} What is to be "
+                f"remembered needs a factor, and one called <factor>{SEEN} that says where it is in sight. Those that "
+                f"have both: {', '.join(known) or 'none'}"
             )
     if isinstance(encoder, RecurrentEncoder):
         spaces.check_same(data.action_space, encoder.action_space, "this encoder was made for actions")
     rng = np.random.default_rng([seed, 6])
     condition = _condition(where, data)
-    views = data.split(held_out, rng)
+    views = split(data, held_out, seed)
     train, test = (
         _Past(view, factor, condition, cap, size, rng) for view, size in zip(views, (n, max(n // 2, 1)), strict=True)
     )
@@ -187,20 +198,19 @@ def probe_memory(
     mine, others = ((train.features(each), test.features(each)) for each in (encoder, untrained))
     now = (mine[0][:, :current], mine[1][:, :current])
     kinds = {"untrained": others, "memoryless": now, "accuracy": mine}
-    right = {"chance": truth == labels.bincount().argmax()}
-    for name, (fitted, scored) in kinds.items():
-        right[name] = classify(fitted, scored, labels, len(values)) == truth
+    right = {name: classify(fitted, scored, labels, len(values)) == truth for name, (fitted, scored) in kinds.items()}
     bins = np.searchsorted(AGES, test.age, side="right") - 1
     rows = [
-        _row(f"{AGES[i]}-{AGES[i + 1] - 1}" if i + 1 < len(AGES) else f"{AGES[i]}+", right, bins == i)
+        _row(f"{AGES[i]}-{AGES[i + 1] - 1}" if i + 1 < len(AGES) else f"{AGES[i]}+", test.value, right, bins == i)
         for i in np.unique(bins)
     ]
-    return MemoryProbe(factor, where, [*rows, _row(ALL, right, np.ones(len(bins), bool))], len(labels))
+    return MemoryProbe(factor, where, [*rows, _row(ALL, test.value, right, np.ones(len(bins), bool))], len(labels))
 
 
-def _row(age: str, right: dict[str, Tensor], where: np.ndarray) -> dict[str, Any]:
+def _row(age: str, value: np.ndarray, right: dict[str, Tensor], where: np.ndarray) -> dict[str, Any]:
+    counts = np.unique(value[where], return_counts=True)[1]
     scores = {name: float(each[torch.from_numpy(where)].float().mean()) for name, each in right.items()}
-    return {"age": age, "n": int(where.sum()), **scores}
+    return {"age": age, "n": int(where.sum()), "chance": float(counts.max() / counts.sum()), **scores}
 
 
 def _condition(where: str, data: Dataset) -> tuple[str, str, float] | None:

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from rlrep import spaces
 from rlrep.dataset import Dataset, open_dataset
-from rlrep.encoders import Encoder, load_encoder, make_encoder
+from rlrep.encoders import Encoder, make_encoder
+from rlrep.encoders.base import read_encoder
 from rlrep.evaluate.collapse import collapse, participation_ratio
 from rlrep.registry import SpecError, nearest
 from rlrep.types import DatasetError, RlrepError, Tree, to_tensor, tree_map
@@ -273,7 +274,7 @@ def probe(
         SpaceError: The encoder was made for other observations.
         RunError: There is no encoder there.
     """
-    encoder = load_encoder(encoder)
+    encoder = read_encoder(encoder)
     if not isinstance(data, Dataset):
         data = open_dataset(data)
     return Prober(data, n, held_out, seed).probe(encoder, k)

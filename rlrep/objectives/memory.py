@@ -67,7 +67,15 @@ def unroll(model: RecurrentEncoder, embedding: Tensor, action: Tensor, first: Te
         action: (B, T, *action_shape)
         first: (B, T) bool: an episode begins.
         burn_in: Transitions.
+
+    Raises:
+        ValueError: The segments are no longer than the burn-in.
     """
+    if (length := action.shape[1]) <= burn_in:
+        raise ValueError(
+            f"nothing is learnt from the first burn_in={burn_in} transitions of a segment, and these segments have "
+            f"{length}: make them longer, or lower burn_in"
+        )
     state = None
     if burn_in:
         with torch.no_grad():

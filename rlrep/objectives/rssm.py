@@ -174,9 +174,9 @@ class RecurrentStateSpace(Objective):
             as R2-Dreamer does.
         redundancy: Weight of the entries off the diagonal of that loss.
         projection: Weight of that loss.
-        recall: Weight of drawing earlier observations of which a part is hidden. This and the next three are what
-            `Memory` asks, `recall` and `ahead` only where there is a decoder; with 0 for all of them the model only
-            predicts.
+        recall: Weight of drawing earlier observations of which a part is hidden; unless given it is 1, and 0 without a
+            decoder, which this and `ahead` need. This and the next three are what `Memory` asks; with 0 for all of them
+            the model only predicts.
         contrast: Weight of telling which observation was seen some steps ago.
         kinds: Weight of telling what has been seen at all.
         ahead: Weight of drawing the observation that `horizon` actions lead to.
@@ -206,7 +206,7 @@ class RecurrentStateSpace(Objective):
         decoder: bool = True,
         redundancy: float = 5e-4,
         projection: float = 0.05,
-        recall: float = 1.0,
+        recall: float | None = None,
         contrast: float = 0.0,
         kinds: float = 0.0,
         ahead: float = 0.0,
@@ -221,6 +221,13 @@ class RecurrentStateSpace(Objective):
         check_rarity("rssm", rarity)
         sizes = {"deter": deter, "groups": groups, "classes": classes, "hidden": hidden}
         check_memory("rssm", burn_in, steps=steps, questions=questions, **sizes)
+        if needy := [name for name, weight in {"recall": recall, "ahead": ahead}.items() if weight and not decoder]:
+            raise ValueError(
+                f"rssm: {needy[0]} draws observations, which takes a decoder, and decoder=false leaves it out: ask by "
+                "contrast or kinds, which draw nothing, or keep the decoder"
+            )
+        if recall is None:
+            recall = 1.0 if decoder else 0.0
         self.span, self.burn_in, self.questions = burn_in + steps, burn_in, questions
         self.dynamics, self.representation, self.free_nats = dynamics, representation, free_nats
         self.redundancy, self.projection = redundancy, projection
@@ -238,7 +245,6 @@ class RecurrentStateSpace(Objective):
             decoder_width,
         )
         self.project = None if decoder else nn.Linear(hidden, encoder.features_dim)
-        drawn = {"recall": recall, "ahead": ahead} if decoder else {}
         self.memory = Memory(
             "rssm",
             encoder,
@@ -248,7 +254,7 @@ class RecurrentStateSpace(Objective):
             hidden,
             steps,
             burn_in,
-            {**drawn, "contrast": contrast, "kinds": kinds},
+            {"recall": recall, "contrast": contrast, "kinds": kinds, "ahead": ahead},
             horizon,
             ratio,
         )

@@ -24,10 +24,9 @@ from rlrep_envs import EnvSpec
 
 import rlrep
 from rlrep import runs
-from rlrep.dataset import open_dataset
+from rlrep.dataset import open_dataset, split
 from rlrep.evaluate.memory import ALL, MemoryProbe
 from rlrep.fanout import Send, map_missing
-from rlrep.pretrain import split
 from rlrep.settings import load_yaml
 
 DONE, REPORT = "policies.jsonl", "policies.md"

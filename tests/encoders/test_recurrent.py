@@ -110,6 +110,16 @@ def test_a_scan_goes_on_where_another_ended(name: str) -> None:
 
 
 @each
+def test_a_state_of_something_else_is_an_error(name: str) -> None:
+    encoder, (obs, taken, first) = build(name), segments()
+    for state in (encoder.initial(B - 1), {"else": torch.zeros(B, 16)}):
+        with pytest.raises(ValueError, match=f"no state of encoder .* for {B} environments or segments: it has"):
+            encoder.scan(obs, taken, first, state)
+        with pytest.raises(ValueError, match=f"no state of encoder .* for {B} environments or segments: it has"):
+            encoder.step(obs[:, 0], taken[:, 0], first[:, 0], state)
+
+
+@each
 def test_the_state_is_reset_at_the_first_observation(name: str) -> None:
     encoder, (obs, taken, _) = build(name), segments()
     fresh, _ = encoder.step(obs[:, 0], taken[:, 0], torch.ones(B, dtype=torch.bool), encoder.initial(B))

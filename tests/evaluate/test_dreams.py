@@ -17,7 +17,7 @@ from rlrep_envs.minigrid import render_symbols
 from rlrep.cli import main
 from rlrep.collect import collect
 from rlrep.dataset import Dataset
-from rlrep.evaluate.dreams import difference, dream, pictures
+from rlrep.evaluate.dreams import curves, difference, dream, pictures
 from rlrep.registry import SpecError
 from rlrep.types import DatasetError, RunError, SpaceError
 
@@ -77,6 +77,13 @@ def test_what_is_written(data: Dataset, tmp_path: Path, animation: Any) -> None:
         assert film.format == animation.upper()
         # Frames that are the same are one, shown longer.
         assert 2 < film.n_frames <= 2 + 1 + 5
+
+
+@pytest.mark.parametrize("slip", [0.0, 0.5])
+def test_uncertainty_is_drawn_where_there_is_some(data: Dataset, slip: float) -> None:
+    found = dream(model_of(slip), data, context=2, horizon=3, segments=20, device="cpu")
+    drawn = " ".join(str(line.get_label()) for line in curves(found).axes[0].lines)
+    assert ("uncertainty" in drawn) == (slip > 0)
 
 
 class Freeze(CorridorModel):

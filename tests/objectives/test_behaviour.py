@@ -299,16 +299,26 @@ def corridor(n: int, rng: np.random.Generator) -> tuple[Batch, Tensor]:
     return batch, torch.as_tensor(thing, dtype=torch.float32)
 
 
+MODELS = {"gru": "gru:width=32", "rssm": "rssm:deter=32,groups=4,classes=4,hidden=32"}
+
+
 @pytest.mark.parametrize(
-    ("asked", "remembered"),
-    [("recall=1", True), ("recall=0,contrast=1", True), ("recall=0,kinds=10", True), ("recall=0", False)],
+    ("name", "updates", "asked", "remembered"),
+    [
+        ("gru", 30, "recall=1", True),
+        ("gru", 30, "recall=0,contrast=1", True),
+        ("gru", 30, "recall=0,kinds=10", True),
+        ("gru", 30, "recall=0", False),
+        ("rssm", 90, "recall=0,kinds=10", True),
+        ("rssm", 90, "recall=0", False),
+    ],
 )
-def test_what_is_asked_for_is_remembered(asked: str, remembered: bool) -> None:
+def test_what_is_asked_for_is_remembered(name: str, updates: int, asked: str, remembered: bool) -> None:
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     encoder = make_encoder("grid:features_dim=16,width=8,depth=0", CORRIDOR)
-    objective = make_objective(f"gru:width=32,steps=6,decoder_width=8,{asked}", encoder, ACTS)
-    fit(objective, [corridor(16, rng)[0] for _ in range(30)], 5e-3)
+    objective = make_objective(f"{MODELS[name]},steps=6,decoder_width=8,{asked}", encoder, ACTS)
+    fit(objective, [corridor(16, rng)[0] for _ in range(updates)], 5e-3)
     belief = objective.exports()["belief"].eval()
     batch, thing = corridor(200, rng)
     with torch.no_grad():

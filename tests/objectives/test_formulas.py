@@ -626,6 +626,13 @@ def test_after_a_burn_in_the_state_is_that_of_the_whole_segment(name: str, batch
 
 
 @pytest.mark.parametrize("name", ["gru", "rssm"])
+def test_segments_no_longer_than_the_burn_in_are_an_error(name: str, batch: Batch) -> None:
+    objective = build({**{"gru": GRU, "rssm": SMALL}[name], "burn_in": T})
+    with pytest.raises(ValueError, match=f"first burn_in={T} transitions.*have {T}: make them longer"):
+        objective(batch)
+
+
+@pytest.mark.parametrize("name", ["gru", "rssm"])
 def test_nothing_is_asked_of_the_burn_in(name: str, batch: Batch) -> None:
     assert min(LENGTHS) <= 2 < max(LENGTHS)
     step = draw_times(batch.mask, 200, burn_in=2)
@@ -769,6 +776,12 @@ def test_rssm_without_a_decoder_holds_its_state_to_the_embedding(batch: Batch) -
     last = tree_map(lambda x: x[:, -1], states)
     with pytest.raises(RlrepError, match="nor dream"):
         objective.belief.imagine(last, batch.action[:, 0])
+
+
+@pytest.mark.parametrize("asked", [{"recall": 1.0}, {"ahead": 1.0}])
+def test_rssm_without_a_decoder_refuses_what_is_to_be_drawn(asked: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"rssm: {next(iter(asked))} draws observations.*contrast or kinds"):
+        build({**SMALL, "decoder": False, **asked})
 
 
 def test_codes_are_drawn_by_their_probabilities_and_pass_the_gradient_on() -> None:
