@@ -18,6 +18,8 @@ import pytest
 
 from rlrep import runs
 from rlrep.encoders import encoders
+from rlrep.evaluate.comparison import read_task
+from rlrep.evaluate.stats import iqm
 from rlrep.explore import explorers
 from rlrep.objectives import objectives
 
@@ -103,6 +105,7 @@ def first_table(path: str) -> str:
         ("tables", tables),
         ("objectives", lambda: first_table("runs/objectives/results/report.md")),
         ("quickstart", lambda: first_table("runs/quickstart/results/report.md")),
+        ("suite", lambda: first_table("runs/suite/results/suite.md")),
         ("speed", lambda: f"\n{(ROOT / 'runs/speed/results.md').read_text()}\n"),
     ],
 )
@@ -205,6 +208,26 @@ def test_objectives_are_what_was_measured() -> None:
     ]
     assert "of six that explored for 180,000 steps two had" in " ".join(README.split())
     assert (len(explored), len(failed)) == (6, 2)
+
+
+def test_the_suite_is_what_was_measured() -> None:
+    section = " ".join(README.split("### All of it, every arm tuned alike\n")[1].split("### ")[0].split())
+    found = {name: read_task(ROOT / "runs/suite/results" / name) for name in ("doorkey-5x5", "doorkey-6x6")}
+    arms = {(name, arm.name): arm for name, task in found.items() for arm in task.arms}
+    for name in found:
+        assert arms[name, "frozen"].n_solved == 5
+        assert arms[name, "finetune"].n_solved == 1
+    warm = arms["doorkey-6x6", "warm-actor"].finished
+    assert f"its mean return over all steps is {iqm([run.area for run in warm]):.2f}" in section
+    assert f"at the end {iqm([run.final_return for run in warm]):.2f}" in section
+
+
+def test_dreams_are_what_was_measured() -> None:
+    task = read_task(ROOT / "runs/dreams/results")
+    solved = {arm.name: arm.n_solved for arm in task.arms}
+    text = " ".join(README.split())
+    assert f"solved {solved['dream']} of 5 runs in {task.budget:,} rewarded steps" in text
+    assert f"the same agent without dreams {solved['belief']} and scratch {solved['scratch']}" in text
 
 
 def test_looks_are_what_was_measured() -> None:
