@@ -143,10 +143,9 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         for column, arm in [("accuracy", arm) for arm in plan.arms] + [("memoryless", ""), ("untrained", "")]:
             here = [cell for cell in mine if cell["arm"] == (arm or cell["arm"])]
             if here:
-                scores = [
-                    f"{np.mean([row[column] for cell in here for row in cell['rows'] if row['age'] == age]):.2f}"
-                    for age in ["all", *ages]
-                ]
+                rows = [row for cell in here for row in cell["rows"]]
+                found = [[row[column] for row in rows if row["age"] == age] for age in ["all", *ages]]
+                scores = [f"{np.mean(each):.2f}" if each else "-" for each in found]
                 seconds = f"{np.mean([cell['seconds'] for cell in here]):.0f}" if arm else "-"
                 lines += [f"| {arm or column} | {len(here)} | {' | '.join(scores)} | {seconds} |"]
     return "\n".join(lines) + "\n"
