@@ -224,7 +224,9 @@ class _Processes:
         handle.close()
         code = process.exitcode or 0
         if code >= 0:
-            return True, JobFailure(f"its process ended with exit code {code} and no result", died=True)
+            hint = " (a script is imported by its jobs: it needs a file, and `if __name__ == '__main__':`)"
+            error = f"its process ended with exit code {code} and no result{hint if code == 1 else ''}"
+            return True, JobFailure(error, died=True)
         hint = "; the machine may have run out of memory" if code == -signal.SIGKILL else ""
         return True, JobFailure(f"its process was killed by {signal.Signals(-code).name}{hint}", died=True)
 

@@ -12,6 +12,7 @@ import datetime
 import fcntl
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -172,8 +173,15 @@ def lock(folder: Path) -> Iterator[None]:
     """Holds `folder` for this process; the operating system lets go when the process dies, however it dies.
 
     Raises:
-        RunError: Another process is writing there, or it is a file.
+        RunError: Another process is writing there, or it is a file; or a script that has started jobs runs again in one
+            of them, which imports it.
     """
+    # What multiprocessing itself goes by where a script starts processes unguarded.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RunError(
+            "a script that calls rlrep is imported by the processes that this starts, and would do all of it again in "
+            "each: put its calls under  if __name__ == '__main__':"
+        )
     _make(folder)
     with (folder / LOCK).open("a+") as handle:
         try:

@@ -104,6 +104,15 @@ def test_no_jobs_no_results_and_no_workers_is_an_error():
         list(map_jobs(work, [{"kind": "square", "value": 1}], 0))
 
 
+def test_a_script_that_runs_again_in_its_jobs_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import rlrep\nrlrep.finetune('rlrep/TinyGrid-v0', out='run', arms=['scratch'], seeds=[0])\n")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "put its calls under  if __name__ == '__main__':" in done.stderr
+    assert "imported by its jobs" in done.stderr.splitlines()[-1]
+
+
 SCRIPT = """
     import signal
 
