@@ -95,6 +95,17 @@ class Noise(gym.Env[Any, Any]):
         return self.last
 
 
+class Masked(gym.Wrapper[Any, Any, Any, Any]):
+    """Allows two of the five actions, and breaks if another is taken."""
+
+    def action_masks(self) -> np.ndarray:
+        return np.array([True, True, False, False, False])
+
+    def step(self, action: Any) -> Any:
+        assert self.action_masks()[action]
+        return super().step(action)
+
+
 class Rooms(Noise):
     """As `Noise`, with four different observations only."""
 

@@ -13,6 +13,7 @@ import stable_baselines3
 import torch
 from gymnasium import spaces
 from rlrep_envs import make_vec_env
+from sb3_cases import Masked
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -116,19 +117,7 @@ def test_off_policy_the_bonus_is_stored_with_ends_only_if_episodic(episodic: boo
         assert np.array_equal(stored.next_observations[:n].reshape(n, 2, -1), shown)
 
 
-class Masked(gym.Wrapper[Any, Any, Any, Any]):
-    """Allows two of the five actions, and breaks if another is taken."""
-
-    def action_masks(self) -> np.ndarray:
-        return np.array([True, True, False, False, False])
-
-    def step(self, action: Any) -> Any:
-        assert self.action_masks()[action]
-        return super().step(action)
-
-
 def test_actions_that_are_masked_are_never_taken(tmp_path: Path) -> None:
-    pytest.importorskip("sb3_contrib")
     env = DummyVecEnv([lambda: Masked(gym.make("rlrep/TinyGrid-v0", size=5, max_steps=30)) for _ in range(4)])
     settings = {**SMALL, "n_steps": 8}
     data = collect(env, out=tmp_path / "data", explorer="rnd", steps=600, algorithm="maskableppo", settings=settings)

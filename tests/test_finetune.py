@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from rlrep_envs import make_vec_env
+from sb3_cases import Masked
 from stable_baselines3 import PPO
 
 import rlrep
@@ -78,22 +79,10 @@ def test_a_recurrent_algorithm_trains_on_observations_and_on_features(encoder: E
     assert {row["arm"] for row in read_jsonl(out / SCORES) if row["last"]} == {"scratch", "frozen"}
 
 
-class Masked(gym.Wrapper[Any, Any, Any, Any]):
-    """Allows two of the five actions, and breaks if another is taken."""
-
-    def action_masks(self) -> np.ndarray:
-        return np.array([True, True, False, False, False])
-
-    def step(self, action: Any) -> Any:
-        assert self.action_masks()[action]
-        return super().step(action)
-
-
 @pytest.mark.usefixtures("one_process")
 def test_masked_actions_are_not_taken_in_evaluations_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sb3_contrib")
-    monkeypatch.setattr(gym.envs.registration, "registry", {**gym.registry})
-    gym.register("Masked-v0", entry_point=lambda: Masked(gym.make("rlrep/TinyGrid-v0", size=5)))
+    made = EnvSpec("Masked-v0", entry_point=lambda: Masked(gym.make("rlrep/TinyGrid-v0", size=5)))
+    monkeypatch.setitem(gym.registry, made.id, made)
     small = {**SMALL, "steps": 64, "eval_every": 64, "algorithm": "maskableppo"}
     # The other one has no masks, and it is no error.
     for env in ("Masked-v0", SPEC):

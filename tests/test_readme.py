@@ -152,9 +152,10 @@ def test_memories_are_what_was_measured() -> None:
     for task, belief, *others in rows_of("Tasks that ask for a memory"):
         curves = {
             arm: [row["curve"] for row in found if row["arm"] == arm and row["task"] == f"MiniGrid-{task}-v0"]
-            for arm in ("belief", "RecurrentPPO", "frozen")
+            for arm in ("belief", "RecurrentPPO", "frozen", "feed-forward PPO")
         }
         assert {len(each) for each in curves.values()} == {5}
+        assert max(reached for curve in curves["feed-forward PPO"] for _, reached in curve) < 0.9
         steps = sorted(next(at for at, reached in curve if reached >= 0.9) for curve in curves["belief"])
         assert belief == f"5/5; {', '.join(f'{each:,}' for each in steps)}"
         for arm, said in zip(("RecurrentPPO", "frozen"), others, strict=True):
@@ -175,6 +176,8 @@ def test_the_quickstart_is_what_was_measured() -> None:
     mine = [row for row in rows if row["arm"] == "warm-actor"]
     assert f"dip, to {min(row['return'] for row in mine):.2f} at worst, and all three end at 0.95 or more" in README
     assert all(round(row["return"], 2) >= 0.95 for row in mine if row["last"])
+    report = (ROOT / "runs/quickstart/results/report.md").read_text()
+    assert re.search(r"(\d+ s) of pre-training", README)[1] == re.search(r"(\d+ s) of pre-training", report)[1]  # type: ignore[index]
 
 
 def test_objectives_are_what_was_measured() -> None:
@@ -217,6 +220,11 @@ def test_the_suite_is_what_was_measured() -> None:
     for name in found:
         assert arms[name, "frozen"].n_solved == 5
         assert arms[name, "finetune"].n_solved == 1
+    reached = {at: float(iqm([run.steps_to_threshold for run in arm.finished])) for at, arm in arms.items()}
+    assert reached["doorkey-5x5", "frozen"] == 20_000
+    assert reached["doorkey-5x5", "scratch"] > 64_000
+    assert 0.8 < reached["doorkey-6x6", "frozen"] / reached["doorkey-6x6", "scratch"] < 1.25
+    assert {reached[name, "warm-actor"] for name in found} == {4_000}
     warm = arms["doorkey-6x6", "warm-actor"].finished
     assert f"its mean return over all steps is {iqm([run.area for run in warm]):.2f}" in section
     assert f"at the end {iqm([run.final_return for run in warm]):.2f}" in section

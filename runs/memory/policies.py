@@ -31,6 +31,9 @@ from rlrep.settings import load_yaml
 
 DONE, REPORT = "policies.jsonl", "policies.md"
 
+SHOWN = {"memory": "what it remembers", "dreams": "what it dreams", "errors": "how far its dreams are right"}
+"""Pictures of a task's world model: how their files begin, and what they show."""
+
 
 def train(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     """Trains one policy, and returns its learning curve. Runs in a process of its own."""
@@ -103,14 +106,17 @@ class Work:
         for job in jobs:
             if key(job) in done:
                 continue
+            if "frame_stack" in job["options"]:
+                # An encoder of single frames does not fit stacks.
+                ready.append({**job, "encoder": None})
+                continue
             cell = look(self.plan, job["model"], self.out, self.results)
             accuracy = next(row["accuracy"] for row in cell["rows"] if row["age"] == ALL)
             if job["options"]["kind"] == "belief" and accuracy <= self.plan.policies.remembers:
                 print(f"{key(job)} is left out: {cell['arm']} remembers with accuracy {accuracy:.2f} only")
                 continue
-            # Arms that start from nothing have an encoder of the same shape; one of single frames does not fit stacks.
-            encoder = None if "frame_stack" in job["options"] else train_model(self.plan, job["model"], self.out)
-            ready.append({**job, "encoder": encoder})
+            # Arms that start from nothing have an encoder of the same shape.
+            ready.append({**job, "encoder": train_model(self.plan, job["model"], self.out)})
         for _ in map_missing(train, ready, key, self.results / DONE, self.n_workers):
             self.report()
 
@@ -205,38 +211,35 @@ class Work:
         for name, settings in policies.tuning.candidates.items():
             values = [f"{areas[arm, name]:.2f}" if (arm, name) in areas else "-" for arm in policies.tuning.arms]
             lines.append(f"| {name}: {settings or 'as they are'} | {' | '.join(values)} |")
-        for file, what in self.pictures():
-            lines += ["", f"## {what}", "", f"![{what}]({file})"]
+        for task in policies.tasks:
+            for path, what in zip(self.pictures(task), SHOWN.values(), strict=True):
+                if path.exists():
+                    title = f"{task}, {policies.model}: {what}"
+                    lines += ["", f"## {title}", "", f"![{title}]({path.name})"]
         text = "\n".join(lines) + "\n"
         runs.write_atomically(self.results / REPORT, lambda path: path.write_text(text))
 
-    def pictures(self) -> list[tuple[str, str]]:
-        """Returns the files of memory curves and dreams, and what each shows."""
-        files = {"memory": "what it remembers", "dreams": "what it dreams", "errors": "how far its dreams are right"}
-        found = [
-            (f"{kind}-{folder_name(task)}.png", f"{task}, {self.plan.policies.model}: {what}")
-            for task in self.plan.policies.tasks
-            for kind, what in files.items()
-        ]
-        return [(file, what) for file, what in found if (self.results / file).exists()]
+    def pictures(self, task: str) -> list[Path]:
+        """Returns where the pictures of `SHOWN` are, or are to be."""
+        return [self.results / f"{kind}-{folder_name(task)}.png" for kind in SHOWN]
 
     def draw(self) -> None:
         """Draws what a world model of each task remembers and dreams, of episodes that it did not learn from."""
         seed = self.plan.seeds[0]
         for task in self.plan.policies.tasks:
             cell: Cell = {"task": self.spec(task), "arm": self.plan.policies.model, "seed": seed}
-            names = {kind: self.results / f"{kind}-{folder_name(task)}.png" for kind in ("memory", "dreams", "errors")}
-            if all(path.exists() for path in names.values()):
+            memory, dreams, errors = pictures = self.pictures(task)
+            if all(path.exists() for path in pictures):
                 continue
             row = look(self.plan, cell, self.out, self.results)
             probe = MemoryProbe(**{field.name: row[field.name] for field in dataclasses.fields(MemoryProbe)})
-            runs.write_atomically(names["memory"], lambda path, probe=probe: probe.draw().savefig(path, format="png"))
+            runs.write_atomically(memory, lambda path, probe=probe: probe.draw().savefig(path, format="png"))
             folder = train_model(self.plan, cell, self.out)
             held_out = runs.read_json(folder / runs.RECORD)["settings"]["held_out"]
             data = split(open_dataset(data_folder(cell["task"], self.out)), held_out, seed)[1]
             rlrep.dream(folder, data, out=folder / "dreams")
-            for kind, file in (("dreams", "strips.png"), ("errors", "errors.png")):
-                shutil.copy(folder / "dreams" / file, names[kind])
+            shutil.copy(folder / "dreams" / "strips.png", dreams)
+            shutil.copy(folder / "dreams" / "errors.png", errors)
 
 
 def main(
