@@ -225,9 +225,10 @@ def test_the_suite_is_what_was_measured() -> None:
     assert reached["doorkey-5x5", "scratch"] > 64_000
     assert 0.8 < reached["doorkey-6x6", "frozen"] / reached["doorkey-6x6", "scratch"] < 1.25
     assert {reached[name, "warm-actor"] for name in found} == {4_000}
-    warm = arms["doorkey-6x6", "warm-actor"].finished
-    assert f"its mean return over all steps is {iqm([run.area for run in warm]):.2f}" in section
-    assert f"at the end {iqm([run.final_return for run in warm]):.2f}" in section
+    six = {arm.name: arm.finished for arm in found["doorkey-6x6"].arms}
+    assert f"it falls to {iqm([run.returns[1] for run in six['warm-actor']]):.2f} by the next evaluation" in section
+    ends = [f"{iqm([run.final_return for run in six[name]]):.2f}" for name in ("warm-actor", "scratch", "frozen")]
+    assert f"({ends[0]}, {ends[1]} and {ends[2]})" in section
 
 
 def test_dreams_are_what_was_measured() -> None:
