@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rlrep import runs
 from rlrep.encoders import Encoder, load_encoder
 from rlrep.explore.policy import load_policy
-from rlrep.latent import LatentVecEnv, check_learnt_on
+from rlrep.latent import FeaturesSpace, LatentVecEnv, check_learnt_on
 from rlrep.sb3 import EncoderExtractor, policy_kwargs, reordering, shown_by_sb3
 from rlrep.types import RlrepError, RunError, Tree, tree_map
 
@@ -83,7 +83,9 @@ def export(
 
 def _with_encoder(model: BaseAlgorithm, encoder: str | Path | Encoder | None) -> BaseAlgorithm:
     """Returns the model, with the encoder in its policy if it was trained on features computed outside of it."""
-    if any(isinstance(module, EncoderExtractor) for module in model.policy.modules()):
+    inside = any(isinstance(module, EncoderExtractor) for module in model.policy.modules())
+    # What explored in features has a network of ours over them, and so has what started from it.
+    if inside and not isinstance(model.observation_space, FeaturesSpace):
         if encoder is not None:
             raise RlrepError("this agent has its encoder inside already, as it was trained; leave the other one out")
         return model
@@ -93,7 +95,10 @@ def _with_encoder(model: BaseAlgorithm, encoder: str | Path | Encoder | None) ->
             raise RlrepError("this agent has no encoder inside: name the one on whose features it was trained")
         encoder = latent.encoder
     if "features_extractor_class" in model.policy_kwargs:
-        raise RlrepError("this agent has a features extractor of its own over the encoder's features: save it as it is")
+        raise RlrepError(
+            "this agent has a features extractor of its own over the encoder's features, as one that started from an "
+            "explorer has: rlrep.BeliefPolicy(encoder, agent) takes raw observations, and saves and loads both"
+        )
     encoder = load_encoder(encoder)
     if encoder.recurrent:
         raise RlrepError(

@@ -257,6 +257,12 @@ def test_a_recipe_explores_in_the_features_it_learnt(tmp_path: Path, capsys: pyt
     run(recipe, out)
     rows = {row["arm"] for row in runs.read_jsonl(out / "finetune" / SCORES) if row["last"]}
     assert rows == {"frozen", "warm-actor"}
+    # Its network reads features, with which it is one agent in `BeliefPolicy` only.
+    agent = out / "finetune" / "agents" / "warm-actor" / "seed-0.zip"
+    with pytest.raises(RlrepError, match="BeliefPolicy"):
+        rlrep.export(agent, tmp_path / "whole.zip", encoder=out / "pretrain-2")
+    env = rlrep.make_vec_env(SPEC)
+    assert rlrep.BeliefPolicy(out / "pretrain-2", PPO.load(agent)).predict(env.reset())[0].shape == (1,)
     settings = runs.read_json(out / "finetune" / "run.json")["settings"]
     # Policies, pre-trained and explorer alike, act on the encoder of the last round, and have seen what made it.
     assert settings["explorer"] == load_explorer(out / "explore").record
