@@ -8,6 +8,7 @@ with the memory curves of the models and their dreams.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -17,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import tyro
 from probe import HERE, Cell, Plan, data_folder, folder_name, look
 from probe import train as train_model
-from rlrep_envs import EnvSpec
+from rlrep_envs import EnvSpec, make_vec_env
 
 import rlrep
 from rlrep import runs
 from rlrep.dataset import open_dataset, split
+from rlrep.encoders import make_encoder
 from rlrep.evaluate.memory import ALL, MemoryProbe
 from rlrep.fanout import Send, map_missing
 from rlrep.settings import load_yaml
@@ -41,13 +44,17 @@ def train(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     settings["policy_kwargs"] = {**options.pop("policy_kwargs", {}), **settings.get("policy_kwargs", {})}
     arm = {"name": job["arm"], "kind": options.pop("kind"), "settings": settings}
     env = dataclasses.replace(EnvSpec.parse(job["env"]), frame_stack=options.pop("frame_stack", 1))
-    folder = Path(job["folder"])
-    rlrep.finetune(env, out=folder, encoder=job["encoder"], arms=[arm], seeds=[job["seed"]], n_workers=1, **options)
+    folder, encoder = Path(job["folder"]), job["encoder"]
+    if encoder is None:
+        with contextlib.closing(make_vec_env(env, n_envs=1)) as one:
+            encoder = make_encoder(job["network"], one.observation_space)
+    rlrep.finetune(env, out=folder, encoder=encoder, arms=[arm], seeds=[job["seed"]], n_workers=1, **options)
     rows = runs.read_jsonl(folder / "scores.jsonl")
     shutil.rmtree(folder)
     curve = [(row["steps"], round(row["return"], 3)) for row in rows]
     known = {name: job[name] for name in ("task", "arm", "tried", "seed", "model_seed", "settings")}
-    return {**known, "curve": curve, "seconds": round(rows[-1]["seconds"], 1)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {**known, "curve": curve, "seconds": round(rows[-1]["seconds"], 1), "device": device}
 
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -91,6 +98,7 @@ class Work:
             "model_seed": model_seed,
             "settings": dict(settings),
             "model": {"task": self.spec(task), "arm": model, "seed": model_seed},
+            "network": self.plan.pretrain["encoder"],
             "options": {**self.plan.policies.finetune, **options},
             "folder": self.out / "policies" / folder_name(f"{task}-{arm}-{tried}-{model_seed}-{seed}"),
         }
@@ -107,7 +115,7 @@ class Work:
             if key(job) in done:
                 continue
             if "frame_stack" in job["options"]:
-                # An encoder of single frames does not fit stacks.
+                # An encoder of single frames does not fit stacks: they have an untrained one like it.
                 ready.append({**job, "encoder": None})
                 continue
             cell = look(self.plan, job["model"], self.out, self.results)
@@ -131,18 +139,20 @@ class Work:
     def run(self) -> None:
         """Tunes, then runs what counts."""
         policies, tuning = self.plan.policies, self.plan.policies.tuning
-        self.do(
-            [
-                self.job(tuning.task, arm, seed, settings, name)
-                for seed in tuning.seeds
-                for arm in tuning.arms
-                for name, settings in tuning.candidates.items()
-            ]
-        )
+        tried = [
+            self.job(tuning.task, arm, seed, settings, name)
+            for seed in tuning.seeds
+            for arm in tuning.arms
+            for name, settings in tuning.candidates.items()
+        ]
+        self.do(tried)
         areas = self.areas()
-        if len(areas) < len(tuning.arms) * len(tuning.candidates):
+        if tried and len(areas) < len(tuning.arms) * len(tuning.candidates):
             sys.exit("some runs of the tuning failed, see above; the same command tries them again")
-        best = {arm: max(tuning.candidates, key=lambda name, arm=arm: areas[arm, name]) for arm in tuning.arms}
+        # Where nothing is tried, the first candidate is taken.
+        best = {
+            arm: max(tuning.candidates, key=lambda name, arm=arm: areas.get((arm, name), 0.0)) for arm in tuning.arms
+        }
         settings = {
             arm: tuning.candidates[best[arm if arm in tuning.arms else tuning.arms[0]]] for arm in policies.arms
         }
@@ -169,7 +179,7 @@ class Work:
             f"{len(counted)} of {total} runs. Rewarded steps to the first evaluation at {threshold} or above, of "
             f"{policies.finetune['eval_episodes']} episodes, for every run by its seed; `>`: not reached. Then the "
             "mean return of all evaluations from there on, and of the last. Seconds are the clock's, of runs side by "
-            "side: to the threshold, of the runs that reached it, and of a whole run.",
+            "side: to the threshold, of the runs that reached it, and of a whole run; on a processor unless said.",
             "",
             "| task | arm | reached | steps | held | last return | seconds to it | seconds a run |",
             "|" + "---|" * 8,
@@ -186,6 +196,7 @@ class Work:
                 to_it = [
                     hit / row["curve"][-1][0] * row["seconds"] for hit, row in zip(reached, mine, strict=True) if hit
                 ]
+                devices = {row["device"] for row in mine} - {"cpu"}
                 held = [r for hit, row in zip(reached, mine, strict=True) if hit for at, r in row["curve"] if at >= hit]
                 cells = [
                     task,
@@ -195,22 +206,10 @@ class Work:
                     f"{np.mean(held):.2f}" if held else "-",
                     f"{np.mean([row['curve'][-1][1] for row in mine]):.2f}",
                     f"{np.mean(to_it):.0f}" if to_it else "-",
-                    f"{np.mean([row['seconds'] for row in mine]):.0f}",
+                    " ".join([f"{np.mean([row['seconds'] for row in mine]):.0f}", *sorted(devices)]),
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
-        lines += [
-            "",
-            f"Tuned on {policies.tuning.task} by seeds of their own ({', '.join(map(str, policies.tuning.seeds))}): "
-            "mean return over all evaluations. What suited an arm best it has above; arms that were not tuned have the "
-            f"settings of {policies.tuning.arms[0]}.",
-            "",
-            f"| settings | {' | '.join(policies.tuning.arms)} |",
-            "|---" * (len(policies.tuning.arms) + 1) + "|",
-        ]
-        areas = self.areas()
-        for name, settings in policies.tuning.candidates.items():
-            values = [f"{areas[arm, name]:.2f}" if (arm, name) in areas else "-" for arm in policies.tuning.arms]
-            lines.append(f"| {name}: {settings or 'as they are'} | {' | '.join(values)} |")
+        lines += ["", *self.tuned()]
         for task in policies.tasks:
             for path, what in zip(self.pictures(task), SHOWN.values(), strict=True):
                 if path.exists():
@@ -218,6 +217,24 @@ class Work:
                     lines += ["", f"## {title}", "", f"![{title}]({path.name})"]
         text = "\n".join(lines) + "\n"
         runs.write_atomically(self.results / REPORT, lambda path: path.write_text(text))
+
+    def tuned(self) -> list[str]:
+        """Returns what the report says of the settings."""
+        tuning, areas = self.plan.policies.tuning, self.areas()
+        if not areas:
+            return [f"Settings of all arms: {next(iter(tuning.candidates.values()))}. Nothing was tuned."]
+        lines = [
+            f"Tuned on {tuning.task} by seeds of their own ({', '.join(map(str, tuning.seeds))}): mean return over all "
+            "evaluations. What suited an arm best it has above; arms that were not tuned have the settings of "
+            f"{tuning.arms[0]}.",
+            "",
+            f"| settings | {' | '.join(tuning.arms)} |",
+            "|---" * (len(tuning.arms) + 1) + "|",
+        ]
+        for name, settings in tuning.candidates.items():
+            values = [f"{areas[arm, name]:.2f}" if (arm, name) in areas else "-" for arm in tuning.arms]
+            lines.append(f"| {name}: {settings or 'as they are'} | {' | '.join(values)} |")
+        return lines
 
     def pictures(self, task: str) -> list[Path]:
         """Returns where the pictures of `SHOWN` are, or are to be."""

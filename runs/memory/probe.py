@@ -24,6 +24,7 @@ from rlrep.settings import load_yaml
 
 HERE = Path(__file__).parent
 CELLS, REPORT = "probe.jsonl", "probe.md"
+DEVICES = ("cpu", "cuda")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +102,9 @@ def look(plan: Plan, cell: Cell, out: Path, results: Path) -> Cell:
             return row
     folder = train(plan, cell, out)
     found = probe_memory(folder / "belief", data_folder(task, out), "cue", where=plan.tasks[task], seed=seed)
-    seconds = runs.read_json(folder / runs.RECORD)["results"]["seconds"]
-    done = {**cell, **plan.arms[arm], "seconds": seconds, **found.to_json()}
+    ended = runs.read_json(folder / runs.RECORD)["results"]
+    cost = {name: ended[name] for name in ("seconds", "device")}
+    done = {**cell, **plan.arms[arm], **cost, **found.to_json()}
     runs.append_jsonl(results / CELLS, done)
     write_report(plan, results)
     return done
@@ -128,26 +130,28 @@ def report(plan: Plan, done: Sequence[Cell], total: int) -> str:
         f"{len(done)} of {total} cells. Accuracy of a linear probe of the features for the object of the start room, "
         "on episodes that the probe has not seen, while that object is out of sight, by the steps since it was seen. "
         f"Models learnt {plan.pretrain['updates']:,} updates (or as many as is said) of "
-        f"{plan.pretrain['batch_size']} segments, from "
-        f"{plan.collect['steps']:,} reward-free steps. Means over seeds; seconds as the clock had them on a busy "
-        "machine. `memoryless` are the features of the current observation alone, `untrained` those of a model that "
-        "has learnt nothing.",
+        f"{plan.pretrain['batch_size']} segments, from {plan.collect['steps']:,} reward-free steps. Means over seeds; "
+        "seconds of pre-training as the clock had them on a busy machine. `memoryless` are the features of the current "
+        "observation alone, `untrained` those of a model that has learnt nothing.",
     ]
     for task, where in plan.tasks.items():
         mine = [cell for cell in done if cell["task"] == task]
         if not mine:
             continue
         ages = list(dict.fromkeys(row["age"] for cell in mine for row in cell["rows"] if row["age"] != "all"))
-        lines += ["", f"## {task}, {where}", "", f"| arm | seeds | all | {' | '.join(ages)} | seconds |"]
-        lines += ["|---" * (len(ages) + 4) + "|"]
+        columns = ["arm", "seeds", "all", *ages, *(f"seconds, {device}" for device in DEVICES)]
+        lines += ["", f"## {task}, {where}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for column, arm in [("accuracy", arm) for arm in plan.arms] + [("memoryless", ""), ("untrained", "")]:
             here = [cell for cell in mine if cell["arm"] == (arm or cell["arm"])]
             if here:
                 rows = [row for cell in here for row in cell["rows"]]
                 found = [[row[column] for row in rows if row["age"] == age] for age in ["all", *ages]]
                 scores = [f"{np.mean(each):.2f}" if each else "-" for each in found]
-                seconds = f"{np.mean([cell['seconds'] for cell in here]):.0f}" if arm else "-"
-                lines += [f"| {arm or column} | {len(here)} | {' | '.join(scores)} | {seconds} |"]
+                seconds = ["-", "-"]
+                if arm:
+                    clocks = [[cell["seconds"] for cell in here if cell["device"] == device] for device in DEVICES]
+                    seconds = [f"{np.mean(clock):.0f}" if clock else "-" for clock in clocks]
+                lines += [f"| {arm or column} | {len(here)} | {' | '.join([*scores, *seconds])} |"]
     return "\n".join(lines) + "\n"
 
 
