@@ -152,23 +152,46 @@ def test_memories_are_what_was_measured() -> None:
     for task, belief, *others in rows_of("Tasks that ask for a memory"):
         curves = {
             arm: [row["curve"] for row in found if row["arm"] == arm and row["task"] == f"MiniGrid-{task}-v0"]
-            for arm in ("belief", "RecurrentPPO", "frozen", "feed-forward PPO")
+            for arm in ("belief", "RecurrentPPO", "frozen", "feed-forward PPO", "PPO on 8 stacked frames")
         }
         assert {len(each) for each in curves.values()} == {5}
-        assert max(reached for curve in curves["feed-forward PPO"] for _, reached in curve) < 0.9
+        for arm in ("feed-forward PPO", "PPO on 8 stacked frames"):
+            assert max(reached for curve in curves[arm] for _, reached in curve) < 0.9
         steps = sorted(next(at for at, reached in curve if reached >= 0.9) for curve in curves["belief"])
         assert belief == f"5/5; {', '.join(f'{each:,}' for each in steps)}"
         for arm, said in zip(("RecurrentPPO", "frozen"), others, strict=True):
             assert max(reached for curve in curves[arm] for _, reached in curve) < 0.9
             assert said == f"0/5, {np.mean([curve[-1][1] for curve in curves[arm]]):.2f}"
 
-    probed = runs.read_jsonl(ROOT / "runs/memory/results/probe.jsonl")
-    model = [row for row in probed if row["arm"].startswith("gru, 4000") and "S1" in row["task"]]
-    accuracy = {
-        task: np.mean([r["accuracy"] for row in model if task in row["task"] for r in row["rows"] if r["age"] == "all"])
+    text = " ".join(README.split())
+    found = {
+        (task, row["arm"], row["seed"]): next(r["accuracy"] for r in row["rows"] if r["age"] == "all")
+        for row in runs.read_jsonl(ROOT / "runs/memory/results/probe.jsonl")
         for task in ("S11", "S13")
+        if task in row["task"]
     }
-    assert f"with accuracy {accuracy['S11']:.2f} and {accuracy['S13']:.2f} (two seeds)" in README
+
+    def accuracy(arm: str) -> str:
+        means = [
+            np.mean([a for (task, name, _), a in found.items() if (task, name) == (t, arm)]) for t in ("S11", "S13")
+        ]
+        return f"{means[0]:.2f} and {means[1]:.2f}"
+
+    longer, rssm = "gru, 4000 updates at twice the rate", "rssm, 4000 updates at twice the rate"
+    assert f"with accuracy {accuracy(longer)} (two seeds)" in text
+    assert f"predicting only ({accuracy('gru, predicting only')})" in text
+    assert f"all cells weighing alike ({accuracy('gru, all cells alike')})" in text
+    assert f"`contrast`: {accuracy('gru, contrast instead of recall')}" in text
+    assert f"`kinds`: {accuracy('gru, kinds instead of recall')}" in text
+    assert f"`recall`: {accuracy('gru, 5 steps ahead beside recall')}, where" in text
+    assert f"by itself has {accuracy('gru')} after" in text
+    assert f"`burn_in`: {accuracy('gru, state carried on over 32 more steps')}" in text
+    by_seed = [f"{found['S11', rssm, 0]:.2f} and {found['S11', rssm, 1]:.2f} on MemoryS11"]
+    by_seed += [f"{found['S13', rssm, 0]:.2f} and {found['S13', rssm, 1]:.2f} on S13"]
+    assert f"by luck of the seed: {', '.join(by_seed)}" in text
+    pictures = runs.read_jsonl(ROOT / "runs/memory/results/pictures/probe.jsonl")
+    mean = np.mean([r["accuracy"] for row in pictures for r in row["rows"] if r["age"] == "all"])
+    assert f"([{mean:.2f}](runs/memory/results/pictures/probe.md))" in text
 
 
 def test_the_quickstart_is_what_was_measured() -> None:
