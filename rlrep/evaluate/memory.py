@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,7 @@ class MemoryProbe:
         columns = ("chance", "untrained", "memoryless", "accuracy")
         table = Table("steps since seen", "n", *columns, title=title, title_justify="left")
         for row in self.rows:
-            n = f"{row['n']:,}" + (" (few)" if row["n"] < FEW else "")
-            table.add_row(row["age"], n, *(f"{row[name]:.3f}" for name in columns))
+            table.add_row(row["age"], counted(row), *(f"{row[name]:.3f}" for name in columns))
         return [table]
 
     def draw(self) -> Figure:
@@ -119,6 +118,11 @@ class MemoryProbe:
                 )
             found.append((match[1], float(match[2])))
         return found
+
+
+def counted(row: Mapping[str, Any]) -> str:
+    """Returns how many observations a row of a `MemoryProbe` is of, and whether these are few."""
+    return f"{row['n']:,}" + (" (few)" if row["n"] < FEW else "")
 
 
 def probe_memory(

@@ -12,7 +12,7 @@ import numpy as np
 from rlrep.evaluate import curves, exploration
 from rlrep.evaluate.comparison import EXPLORER, PRETRAINED, WARM, ArmSummary, Run, Task, charged_speed_up, find_baseline
 from rlrep.evaluate.evidence import Evidence, draw_features, draw_pretraining
-from rlrep.evaluate.memory import MemoryProbe
+from rlrep.evaluate.memory import MemoryProbe, counted
 from rlrep.evaluate.page import Picture, Section, Table
 from rlrep.evaluate.summary import Summary
 from rlrep.evaluate.wording import (
@@ -374,7 +374,7 @@ def _memory(found: MemoryProbe, of: str) -> Section:
             Table(
                 "",
                 [
-                    {"steps since seen": (row["age"], ""), "observations": (f"{row['n']:,}", "")}
+                    {"steps since seen": (row["age"], ""), "observations": (counted(row), "")}
                     | {name: (f"{row[name]:.3f}", "") for name in columns}
                     for row in found.rows
                 ],
