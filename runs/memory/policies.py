@@ -2,8 +2,8 @@
 
 World models are trained and probed first, as by `probe.py`, and policies only on those that remember. Some arms are
 tuned, by seeds of their own on one task, and each has what suited it best; the others have what suited the first of
-these. A run that is done is one row of `results/policies.jsonl`; `results/policies.md` is written from what is there,
-with the memory curves of the models and their dreams.
+these with their algorithm. A run that is done is one row of `results/policies.jsonl`; `results/policies.md` is written
+from what is there, with the memory curves of the models and their dreams.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class Work:
 
     def job(self, task: str, arm: str, seed: int, settings: Mapping[str, Any], tried: str | None) -> dict[str, Any]:
         """Returns what `train` needs, but for the encoder."""
-        options = dict(self.plan.policies.arms[arm])
+        options = {name: value for name, value in self.plan.policies.arms[arm].items() if name != "seeds"}
         # Policies share the world models out.
         model_seed = self.plan.seeds[seed % len(self.plan.seeds)]
         model = options.pop("model", self.plan.policies.model)
@@ -102,6 +102,16 @@ class Work:
             "options": {**self.plan.policies.finetune, **options},
             "folder": self.out / "policies" / folder_name(f"{task}-{arm}-{tried}-{model_seed}-{seed}"),
         }
+
+    def tuned_as(self, arm: str) -> str:
+        """Returns the tuned arm whose settings an arm has: its own, or else those of the first with its algorithm."""
+        arms, tuned = self.plan.policies.arms, self.plan.policies.tuning.arms
+        alike = [name for name in tuned if arms[name].get("algorithm") == arms[arm].get("algorithm")]
+        return arm if arm in tuned else (alike or tuned)[0]
+
+    def seeds(self, arm: str) -> list[int]:
+        """Returns what an arm is trained with."""
+        return cast(list[int], self.plan.policies.arms[arm].get("seeds", self.plan.policies.seeds))
 
     def rows(self) -> list[dict[str, Any]]:
         """What is done."""
@@ -153,15 +163,13 @@ class Work:
         best = {
             arm: max(tuning.candidates, key=lambda name, arm=arm: areas.get((arm, name), 0.0)) for arm in tuning.arms
         }
-        settings = {
-            arm: tuning.candidates[best[arm if arm in tuning.arms else tuning.arms[0]]] for arm in policies.arms
-        }
+        settings = {arm: tuning.candidates[best[self.tuned_as(arm)]] for arm in policies.arms}
         self.do(
             [
                 self.job(task, arm, seed, settings[arm], None)
                 for arm in policies.arms
                 for task in policies.tasks
-                for seed in policies.seeds
+                for seed in self.seeds(arm)
             ]
         )
         self.draw()
@@ -171,12 +179,13 @@ class Work:
         """Writes the tables of what there is, in Markdown."""
         policies, rows = self.plan.policies, self.rows()
         counted = sorted((row for row in rows if row["tried"] is None), key=lambda row: row["seed"])
-        total = len(policies.tasks) * len(policies.seeds) * len(policies.arms)
+        total = len(policies.tasks) * sum(len(self.seeds(arm)) for arm in policies.arms)
         threshold = policies.finetune["threshold"]
         lines = [
             "# Memory, used",
             "",
-            f"{len(counted)} of {total} runs. Rewarded steps to the first evaluation at {threshold} or above, of "
+            f"{len(counted)} of {total} runs; those on models that remember with an accuracy of {policies.remembers} "
+            f"or less, by the probe, are left out. Rewarded steps to the first evaluation at {threshold} or above, of "
             f"{policies.finetune['eval_episodes']} episodes, for every run by its seed; `>`: not reached. Then the "
             "mean return of all evaluations from there on, and of the last. Seconds are the clock's, of runs side by "
             "side: to the threshold, of the runs that reached it, and of a whole run; on a processor unless said.",
@@ -225,8 +234,8 @@ class Work:
             return [f"Settings of all arms: {next(iter(tuning.candidates.values()))}. Nothing was tuned."]
         lines = [
             f"Tuned on {tuning.task} by seeds of their own ({', '.join(map(str, tuning.seeds))}): mean return over all "
-            "evaluations. What suited an arm best it has above; arms that were not tuned have the settings of "
-            f"{tuning.arms[0]}.",
+            "evaluations. What suited an arm best it has above; arms that were not tuned have what suited the first "
+            "with their algorithm.",
             "",
             f"| settings | {' | '.join(tuning.arms)} |",
             "|---" * (len(tuning.arms) + 1) + "|",

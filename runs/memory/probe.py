@@ -51,6 +51,7 @@ class Policies:
     seeds: list[int]
     finetune: dict[str, Any]
     arms: dict[str, dict[str, Any]]
+    """Options of `finetune` over those that all share, and `model`, `frame_stack` or `seeds`, if its own."""
     tuning: Tuning
 
 
