@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
+from report_cases import NEVER, write_run
 
 from rlrep import runs
+from rlrep.evaluate.comparison import read_task, relabel
 
 RUNS = Path(__file__).parents[1] / "runs"
 TINY = "rlrep/TinyGrid-v0:size=4"
@@ -207,6 +209,19 @@ def _lines(tmp_path: Path) -> list[str]:
     return (tmp_path / "results" / "cells.jsonl").read_text().splitlines()
 
 
+def test_speed_ups_over_all_tasks_count_runs_that_are_not_there_at_their_last_step(tmp_path: Path) -> None:
+    suite = module("suite/suite.py")
+    cases = [(10_000, 100_000), (NEVER[0], NEVER[0]), (60_000, NEVER[0]), (NEVER[0], 30_000), (40_000, 80_000)]
+    pairs = []
+    for i, case in enumerate(cases):
+        # As pairs are made: ours first.
+        arms = {name: dict.fromkeys(range(5), at) for name, at in zip((suite.OURS, suite.BASELINE), case, strict=True)}
+        pairs.append(relabel(read_task(write_run(tmp_path / str(i), arms)), str(i)))
+    # 10, 1, 2, 0.25 and 2 times as fast; the slowest and the fastest are left out. All runs of an arm are alike.
+    found = suite._over_tasks(pairs)
+    assert found.point == found.low == found.high == pytest.approx((1 + 2 + 2) / 3)
+
+
 @pytest.mark.usefixtures("one_process")
 def test_the_suite_says_whether_it_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = {"env": TINY, "steps": 128, "threshold": 0.8}
@@ -249,7 +264,7 @@ def test_the_suite_says_whether_it_helps(tmp_path: Path, capsys: pytest.CaptureF
     assert "3 of 3 tasks, seeds 0, 1" in text
     assert all(f"| {name} | warm-actor | " in text for name in ("one", "two", "three"))
     assert "| scratch |" in text
-    assert "Over all tasks: " in text
+    assert "Over all tasks, the interquartile mean of their speed-ups: " in text
     assert (results / "report.html").exists()
     explorers = {
         name: runs.read_json(results / name / "run.json")["settings"]["explorer"]["name"]
