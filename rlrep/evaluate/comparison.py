@@ -291,7 +291,7 @@ def _describe(name: str, tasks: Sequence[Task], unit: float) -> ArmSummary:
 
 
 def find_baseline(arms: Sequence[ArmSummary], name: str | None = None) -> ArmSummary | None:
-    """Returns the arm that speed-ups are over: the one named, else the best of those trained from scratch.
+    """Returns the arm that speed-ups are over: the one named, else the best from scratch of those on most tasks.
 
     Raises:
         RunError: No arm has that name.
@@ -302,8 +302,8 @@ def find_baseline(arms: Sequence[ArmSummary], name: str | None = None) -> ArmSum
             raise RunError(f"no arm is called {name!r}.{nearest(name, names)} There are: {', '.join(names)}")
         return arms[names.index(name)]
     scratch = [arm for arm in arms if arm.kind == BASELINE]
-    # The best of them, lest a badly tuned one flatters pre-training.
-    return min(scratch, key=slowness, default=None)
+    # The best of them, lest a badly tuned one flatters pre-training; what was not on a task cannot be compared there.
+    return min(scratch, key=lambda arm: (-len({run.task for run in arm.finished}), *slowness(arm)), default=None)
 
 
 def slowness(arm: ArmSummary) -> tuple[float, float]:

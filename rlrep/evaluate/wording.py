@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -24,6 +25,7 @@ Row = Mapping[str, Cell]
 
 def verdict(arm: ArmSummary, baseline: ArmSummary) -> Literal["helped", "hurt", "unclear"]:
     """Returns what the interval of an arm's speed-up allows to say."""
+    arm, baseline = _where_both_are(arm, baseline)
     if arm.speed_up is None or min(len(arm.finished), len(baseline.finished)) < MIN_SEEDS:
         return "unclear"
     return "helped" if arm.speed_up.low > 1 else "hurt" if arm.speed_up.high < 1 else "unclear"
@@ -126,6 +128,7 @@ def _evidence(arm: ArmSummary, baseline: ArmSummary) -> str:
 
 
 def _why_unclear(arm: ArmSummary, baseline: ArmSummary, tasks: Sequence[Task]) -> str:
+    arm, baseline = _where_both_are(arm, baseline)
     if min(len(arm.finished), len(baseline.finished)) < MIN_SEEDS:
         counts = f"`{arm.name}` has {len(arm.finished)} and `{baseline.name}` {len(baseline.finished)}"
         return f"{MIN_SEEDS} finished runs of each arm are needed, and {counts}"
@@ -163,7 +166,17 @@ def _times(arm: ArmSummary, inverse: bool = False) -> str:
     return f"{'' if arm.speed_up.bound == 'exact' else 'at least '}{as_number(value)} times"
 
 
+def _where_both_are(one: ArmSummary, other: ArmSummary) -> tuple[ArmSummary, ArmSummary]:
+    """Returns the arms with their runs of the tasks that both have finished runs of: only these are compared."""
+    shared = {run.task for run in one.finished} & {run.task for run in other.finished}
+    first, second = (
+        dataclasses.replace(arm, runs=tuple(run for run in arm.runs if run.task in shared)) for arm in (one, other)
+    )
+    return first, second
+
+
 def _seeds(arm: ArmSummary, baseline: ArmSummary) -> str:
+    arm, baseline = _where_both_are(arm, baseline)
     mine, theirs = len(arm.finished), len(baseline.finished)
     counts = f"{mine}" if mine == theirs else f"{mine} and {theirs}"
     return f"{counts} finished {'run' if counts == '1' else 'runs'}{' each' if mine == theirs else ''}"

@@ -219,6 +219,20 @@ def test_several_tasks_are_pooled_as_shares_of_their_budgets(make_run, tmp_path)
     assert not (folders[0] / "report.md").exists()
 
 
+def test_arms_are_compared_on_the_tasks_that_both_were_on(make_run):
+    folders = [
+        make_run({"scratch": SCRATCH, "frozen": FROZEN}, "one"),
+        # Better than scratch is overall, but on one task only.
+        make_run({"scratch": NEVER, "recurrent": SCRATCH, "belief": NEVER}, "two", kinds={"recurrent": "scratch"}),
+    ]
+    summary = summarise(folders)
+    assert summary.baseline == "scratch"
+    assert arm(summary, "frozen").speed_up.point == pytest.approx(100_000 / (140_000 / 3), rel=0.05)
+    assert "(95 % CI " in summary.answer
+    assert "5 finished runs each" in summary.answer
+    assert "`belief` solved 0 of 5 runs and `scratch` 0 of 5" in summary.answer
+
+
 def test_runs_of_one_task_keep_apart(make_run):
     folders = [make_run({"scratch": SCRATCH, "frozen": FROZEN}, name) for name in ("one", "two")]
     summary = summarise(folders)
