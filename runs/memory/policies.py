@@ -119,10 +119,12 @@ class Work:
 
     def do(self, jobs: list[dict[str, Any]]) -> None:
         """Runs those that are missing, on world models that remember, and writes the report after each."""
-        done = {key(row) for row in self.rows()}
+        done = {key(row): row for row in self.rows()}
         ready = []
         for job in jobs:
             if key(job) in done:
+                if (had := done[key(job)]["settings"]) != job["settings"]:
+                    sys.exit(f"{self.results / DONE} has {key(job)} with {had}, not {job['settings']}: take it away")
                 continue
             if "frame_stack" in job["options"]:
                 # An encoder of single frames does not fit stacks: they have an untrained one like it.
@@ -178,14 +180,15 @@ class Work:
     def report(self) -> None:
         """Writes the tables of what there is, in Markdown."""
         policies, rows = self.plan.policies, self.rows()
-        counted = sorted((row for row in rows if row["tried"] is None), key=lambda row: row["seed"])
-        total = len(policies.tasks) * sum(len(self.seeds(arm)) for arm in policies.arms)
+        planned = {(task, arm, seed) for arm in policies.arms for task in policies.tasks for seed in self.seeds(arm)}
+        counted = [row for row in rows if row["tried"] is None and (row["task"], row["arm"], row["seed"]) in planned]
+        counted.sort(key=lambda row: row["seed"])
         threshold = policies.finetune["threshold"]
         lines = [
             "# Memory, used",
             "",
-            f"{len(counted)} of {total} runs; those on models that remember with an accuracy of {policies.remembers} "
-            f"or less, by the probe, are left out. Rewarded steps to the first evaluation at {threshold} or above, of "
+            f"{len(counted)} of {len(planned)} runs; those on models that remember with an accuracy of "
+            f"{policies.remembers} or less, by the probe, are left out. Rewarded steps to the first evaluation at {threshold} or above, of "
             f"{policies.finetune['eval_episodes']} episodes, for every run by its seed; `>`: not reached. Then the "
             "mean return of all evaluations from there on, and of the last. Seconds are the clock's, of runs side by "
             "side: to the threshold, of the runs that reached it, and of a whole run; on a processor unless said.",

@@ -143,7 +143,14 @@ class Work:
         kept, task = self.results / place, group.tasks[name]
         if (kept / runs.RECORD).exists():
             had = runs.read_json(kept / runs.RECORD)["settings"]
-            asked = {"env": task.env, "steps": task.steps, "seeds": seeds, "arms": [Arm.parse(arm) for arm in arms]}
+            asked = {
+                "env": task.env,
+                "steps": task.steps,
+                "threshold": task.threshold,
+                "seeds": seeds,
+                "arms": [Arm.parse(arm) for arm in arms],
+                **group.finetune,
+            }
             found = {**had, "env": task.env, "arms": [Arm.parse(arm) for arm in had["arms"]]}
             if different := [key for key, value in asked.items() if found[key] != value]:
                 sys.exit(f"the scores in {kept} are of other {' and '.join(different)}: take that folder away first")
