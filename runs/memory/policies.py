@@ -189,10 +189,10 @@ class Work:
             "",
             f"{len(counted)} of {len(planned)} runs; those on models that remember with an accuracy of "
             f"{policies.remembers} or less, by the probe, are left out. Rewarded steps to the first evaluation at "
-            f"{threshold} or above, of {policies.finetune['eval_episodes']} episodes, for every run by its seed; `>`: not "
-            "reached. Then the mean return of all evaluations from there on, and of the last. Seconds are the clock's, of "
-            "runs side by side: to the threshold, of the runs that reached it, and of a whole run; on a processor "
-            "unless said.",
+            f"{threshold} or above, of {policies.finetune['eval_episodes']} episodes, for every run by its seed; `>`: "
+            "not reached. Then the mean return of all evaluations from there on, and of the last. Seconds are the "
+            "clock's, of runs side by side: to the threshold, of the runs that reached it, and of a whole run; on a "
+            "processor unless said.",
             "",
             "| task | arm | reached | steps | held | last return | seconds to it | seconds a run |",
             "|" + "---|" * 8,
