@@ -286,5 +286,5 @@ def test_the_suite_says_whether_it_helps(tmp_path: Path, capsys: pytest.CaptureF
     suite.main(small=True, **where)
     said = capsys.readouterr().out
     assert "does best with" not in said
-    small = (results / "small" / "suite.md").read_text()
+    small = (tmp_path / "out" / "small" / "results" / "suite.md").read_text()
     assert "1 of 1 tasks, seeds 0." in small

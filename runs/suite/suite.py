@@ -309,14 +309,15 @@ def main(
     """Does what is missing of the suite, and reports.
 
     Args:
-        small: A task of each group, with fewer seeds, candidates and rewarded steps; its results lie in `small/`.
+        small: A task of each group, with fewer seeds, candidates and rewarded steps; its results lie in `small/results`
+            of `out`. What they were once is in `results/small`.
         plan_file: What to do.
         out: Data, encoders and unfinished runs; may be thrown away.
         results: Scores of what is done, and the reports.
     """
     plan = load_yaml(Plan, plan_file)
     if small:
-        plan, out, results = plan.shortened(), out / "small", results / "small"
+        plan, out, results = plan.shortened(), out / "small", out / "small" / "results"
     Work(plan, out, results).run()
 
 
