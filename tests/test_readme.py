@@ -275,7 +275,9 @@ def test_the_suite_is_what_was_measured() -> None:
     first_look = read_task(results / "small" / "doorkey-5x5")
     there = next(arm for arm in first_look.arms if arm.name == "frozen").n_solved
     here = sum(run.steps_to_threshold <= first_look.budget for run in arms["doorkey-5x5", "frozen"].finished)
-    said = f"frozen features solved {there} of 2 runs of DoorKey-5x5 in {first_look.budget:,} steps, and {here} of 5 here"
+    said = (
+        f"frozen features solved {there} of 2 runs of DoorKey-5x5 in {first_look.budget:,} steps, and {here} of 5 here"
+    )
     assert said in section
 
     background = "doorkey-5x5-background"
