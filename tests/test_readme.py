@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,6 +165,24 @@ def test_memories_are_what_was_measured() -> None:
             assert said == f"0/5, {np.mean([curve[-1][1] for curve in curves[arm]]):.2f}"
 
     text = " ".join(README.split())
+
+    def rows(arm: str, task: str) -> list[dict[str, Any]]:
+        return [row for row in found if row["arm"] == arm and row["task"] == f"MiniGrid-{task}-v0"]
+
+    seconds, sooner = [], []
+    for task in ("MemoryS11", "MemoryS13"):
+        longer = rows("RecurrentPPO, longer", task)
+        assert [row["curve"][-1][0] for row in longer] == [901_120] * 3
+        assert max(reached for row in longer for _, reached in row["curve"]) < 0.9
+        seconds.append(f"{np.mean([row['seconds'] for row in longer]):.0f} s")
+        shares = [next(at for at, r in row["curve"] if r >= 0.9) / row["curve"][-1][0] for row in rows("belief", task)]
+        timed = zip(shares, rows("belief", task), strict=True)
+        sooner.append(f"{np.mean([share * row['seconds'] for share, row in timed]):.0f} s")
+    assert (
+        f"after {seconds[0]} on MemoryS11 and {seconds[1]} on S13; `belief` is there after {' and '.join(sooner)}"
+        in text
+    )
+
     rssm = {
         task: [row["curve"] for row in found if row["arm"] == "belief of rssm" and row["task"] == f"MiniGrid-{task}-v0"]
         for task in ("MemoryS11", "MemoryS13")
@@ -186,8 +205,8 @@ def test_memories_are_what_was_measured() -> None:
         ]
         return f"{means[0]:.2f} and {means[1]:.2f}"
 
-    longer = "4000 updates at twice the rate"
-    assert f"with accuracy {accuracy(f'gru, {longer}')} (two seeds)" in text
+    best = "4000 updates at twice the rate"
+    assert f"with accuracy {accuracy(f'gru, {best}')} (two seeds)" in text
     assert f"predicting only ({accuracy('gru, predicting only')}, two seeds)" in text
     assert f"all cells weighing alike ({accuracy('gru, all cells alike')})" in text
     assert f"`contrast`: {accuracy('gru, contrast instead of recall')}" in text
@@ -196,7 +215,7 @@ def test_memories_are_what_was_measured() -> None:
     assert f"`recall` has {accuracy('gru')} (two seeds" in text
     assert f"`burn_in`, beside `recall`: {accuracy('gru, state carried on over 32 more steps')}" in text
     first, second = (
-        " and ".join(f"{accuracies[task, f'rssm, {longer}', seed]:.2f}" for seed in (0, 1)) for task in ("S11", "S13")
+        " and ".join(f"{accuracies[task, f'rssm, {best}', seed]:.2f}" for seed in (0, 1)) for task in ("S11", "S13")
     )
     assert f"by luck of the seed: {first} on MemoryS11, {second} on S13" in text
     pictures = runs.read_jsonl(ROOT / "runs/memory/results/pictures/probe.jsonl")
