@@ -168,7 +168,6 @@ def test_memory_is_probed_and_used(
                     "algorithm": "recurrentppo",
                     "policy_kwargs": {"lstm_hidden_size": 8},
                     "steps": 64,
-                    "seeds": [1],
                 },
             },
             "tuning": {
@@ -188,12 +187,12 @@ def test_memory_is_probed_and_used(
     assert "1 of 1 cells" in capsys.readouterr().out
     rows = runs.read_jsonl(tmp_path / "results" / "policies.jsonl")
     counted = sorted((row["arm"], row["seed"], row["model_seed"]) for row in rows if row["tried"] is None)
-    assert counted == [("RecurrentPPO", 1, 0), *[(arm, seed, 0) for arm in ("belief", "stack") for seed in (0, 1)]]
+    assert counted == [(arm, seed, 0) for arm in ("RecurrentPPO", "belief", "stack") for seed in (0, 1)]
     assert sorted(row["tried"] for row in rows if row["tried"]) == ["a", "b"]
     text = (tmp_path / "results" / "policies.md").read_text()
-    assert "5 of 5 runs" in text
+    assert "6 of 6 runs" in text
     assert f"| {task} | stack | 0/2 | > 128; > 128 | - |" in text
-    assert f"| {task} | RecurrentPPO | 0/1 | > 64 | - |" in text
+    assert f"| {task} | RecurrentPPO | 0/2 | > 64; > 64 | - |" in text
     shown = re.findall(r"\]\((.*)\)", text)
     assert [name.partition("-")[0] for name in shown] == ["memory", "dreams", "errors"]
     assert all((tmp_path / "results" / name).stat().st_size > 1_000 for name in shown)

@@ -183,17 +183,18 @@ def test_memories_are_what_was_measured() -> None:
         in text
     )
 
-    rssm = {
-        task: [row["curve"] for row in found if row["arm"] == "belief of rssm" and row["task"] == f"MiniGrid-{task}-v0"]
-        for task in ("MemoryS11", "MemoryS13")
-    }
+    rssm = {task: [row["curve"] for row in rows("belief of rssm", task)] for task in ("MemoryS11", "MemoryS13")}
     steps = [next(at for at, reached in curve if reached >= 0.9) for curves in rssm.values() for curve in curves]
     said = f"{len(rssm['MemoryS11'])} of 3 runs on MemoryS11 and {len(rssm['MemoryS13'])} of 3 on S13"
     assert f"PPO reaches 0.9 in {said}, after {min(steps):,} to {max(steps):,} steps" in text
 
+    probed = runs.read_jsonl(ROOT / "runs/memory/results/probe.jsonl")
+    took = [row["seconds"] for row in probed if row["arm"].startswith("gru, 4000")]
+    assert (round(min(took) / 60), round(max(took) / 60)) == (3, 8)
+    assert "three to eight minutes of a core" in text
     accuracies = {
         (task, row["arm"], row["seed"]): next(r["accuracy"] for r in row["rows"] if r["age"] == "all")
-        for row in runs.read_jsonl(ROOT / "runs/memory/results/probe.jsonl")
+        for row in probed
         for task in ("S11", "S13")
         if task in row["task"]
     }
@@ -229,7 +230,8 @@ def test_the_quickstart_is_what_was_measured() -> None:
     assert f"dip, to {min(row['return'] for row in mine):.2f} at worst, and all three end at 0.95 or more" in README
     assert all(round(row["return"], 2) >= 0.95 for row in mine if row["last"])
     report = (ROOT / "runs/quickstart/results/report.md").read_text()
-    assert re.search(r"(\d+ s) of pre-training", README)[1] == re.search(r"(\d+ s) of pre-training", report)[1]  # type: ignore[index]
+    said, measured = (re.findall(r"\d+ s of pre-training", text)[0] for text in (README, report))
+    assert said == measured
 
 
 def test_objectives_are_what_was_measured() -> None:
@@ -276,6 +278,13 @@ def test_the_suite_is_what_was_measured() -> None:
     for (name, _), arm in arms.items():
         free = arm.finished[0].reward_free_steps
         assert not free or reached[name, arm.name] + free >= found[name].budget
+
+    last = [row for path in results.glob("*/scores.jsonl") for row in runs.read_jsonl(path) if row["last"]]
+    assert f"{sum(row['seconds'] for row in last) / 3600:.1f} hours of a core" in section
+    tasks = {name: task for name, task in found.items() if not name.startswith("tuning-")}
+    unsolved = [task for task in tasks.values() if not any(2 * arm.n_solved > 5 for arm in task.arms)]
+    assert (len(unsolved), len(tasks)) == (4, 9)
+    assert "Four of the nine tasks are solved by no arm in most of its runs" in section
 
     doorkeys = ("doorkey-5x5", "doorkey-6x6")
     for name in doorkeys:

@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +53,8 @@ def train(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     shutil.rmtree(folder)
     curve = [(row["steps"], round(row["return"], 3)) for row in rows]
     known = {name: job[name] for name in ("task", "arm", "tried", "seed", "model_seed", "settings")}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # As `finetune` chooses: features computed outside a policy leave it too little to do for a GPU.
+    device = "cuda" if torch.cuda.is_available() and arm["kind"] == "scratch" else "cpu"
     return {**known, "curve": curve, "seconds": round(rows[-1]["seconds"], 1), "device": device}
 
 
@@ -82,7 +83,7 @@ class Work:
 
     def job(self, task: str, arm: str, seed: int, settings: Mapping[str, Any], tried: str | None) -> dict[str, Any]:
         """Returns what `train` needs, but for the encoder."""
-        options = {name: value for name, value in self.plan.policies.arms[arm].items() if name != "seeds"}
+        options = dict(self.plan.policies.arms[arm])
         # Policies share the world models out.
         model_seed = self.plan.seeds[seed % len(self.plan.seeds)]
         model = options.pop("model", self.plan.policies.model)
@@ -108,10 +109,6 @@ class Work:
         arms, tuned = self.plan.policies.arms, self.plan.policies.tuning.arms
         alike = [name for name in tuned if arms[name].get("algorithm") == arms[arm].get("algorithm")]
         return arm if arm in tuned else (alike or tuned)[0]
-
-    def seeds(self, arm: str) -> list[int]:
-        """Returns what an arm is trained with."""
-        return cast(list[int], self.plan.policies.arms[arm].get("seeds", self.plan.policies.seeds))
 
     def rows(self) -> list[dict[str, Any]]:
         """What is done."""
@@ -171,7 +168,7 @@ class Work:
                 self.job(task, arm, seed, settings[arm], None)
                 for arm in policies.arms
                 for task in policies.tasks
-                for seed in self.seeds(arm)
+                for seed in policies.seeds
             ]
         )
         self.draw()
@@ -180,7 +177,7 @@ class Work:
     def report(self) -> None:
         """Writes the tables of what there is, in Markdown."""
         policies, rows = self.plan.policies, self.rows()
-        planned = {(task, arm, seed) for arm in policies.arms for task in policies.tasks for seed in self.seeds(arm)}
+        planned = {(task, arm, seed) for arm in policies.arms for task in policies.tasks for seed in policies.seeds}
         counted = [row for row in rows if row["tried"] is None and (row["task"], row["arm"], row["seed"]) in planned]
         counted.sort(key=lambda row: row["seed"])
         threshold = policies.finetune["threshold"]

@@ -51,7 +51,7 @@ class Policies:
     seeds: list[int]
     finetune: dict[str, Any]
     arms: dict[str, dict[str, Any]]
-    """Options of `finetune` over those that all share, and `model`, `frame_stack` or `seeds`, if its own."""
+    """Options of `finetune` over those that all share, and `model` or `frame_stack`, if its own."""
     tuning: Tuning
 
 
