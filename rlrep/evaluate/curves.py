@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,10 +23,10 @@ RESAMPLES = 2_000
 
 PROFILE_POINTS, PROFILE_RESAMPLES = 101, 1_000
 
-LETTERS_AN_INCH = 12
+LETTERS_AN_INCH, LETTERS_A_PANEL = 12, 48
 
 COLOURS = {BASELINE: "#444444", CONTROL: "#b8860b"}
-OTHER_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#7b3fa0")
+OTHER_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#7b3fa0", "#882255", "#999933")
 
 
 def draw(tasks: Sequence[Task]) -> Figure:
@@ -207,7 +208,7 @@ def _dress(ax: Axes, task: Task) -> None:
         fontsize=7.5,
         color="#666666",
     )
-    ax.set_title(f"{task.label}, {task.algorithm}", fontsize=9.5)
+    ax.set_title(textwrap.fill(f"{task.label}, {task.algorithm}", LETTERS_A_PANEL), fontsize=9.5)
     ax.set_xlabel("rewarded environment steps", fontsize=9)
     ax.set_ylabel("mean return of evaluation episodes", fontsize=9)
     ax.set_xlim(0, max([task.budget, *(run.steps[-1] for arm in task.arms for run in arm.runs if len(run.steps))]))
